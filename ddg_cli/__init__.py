@@ -1,0 +1,1 @@
+"""The `ddg` command: parse, call, print."""

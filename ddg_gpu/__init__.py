@@ -1,0 +1,1 @@
+"""The torch backend: schedules executed on tensors, in one process or in many."""

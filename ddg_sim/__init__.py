@@ -1,0 +1,1 @@
+"""Timing of schedules: what a training method costs before anybody runs it."""

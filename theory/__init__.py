@@ -1,0 +1,1 @@
+"""Convergence of delayed gradients, checked numerically: problems, bounds, verdicts."""
