@@ -1,0 +1,142 @@
+"""Problems in index form, f_i(w) = sum_e c_ie rho(a_e . w - b_e), and their certified constants."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from theory.protocols import FloatArray, IntArray
+
+
+@dataclass(frozen=True)
+class Link:
+    """A scalar function rho >= 0 with rho(0) = 0, and the suprema that certify L and M."""
+
+    name: str
+    value: Callable[[FloatArray], FloatArray]
+    slope: Callable[[FloatArray], FloatArray]
+    sup_slope: float  # sup |rho'|
+    sup_curvature: float  # sup |rho''|
+
+
+def _geman_mcclure_value(r: FloatArray) -> FloatArray:
+    return r * r / (1.0 + r * r)
+
+
+def _geman_mcclure_slope(r: FloatArray) -> FloatArray:
+    return 2.0 * r / (1.0 + r * r) ** 2
+
+
+def _cosine_value(r: FloatArray) -> FloatArray:
+    # 2 sin^2(r/2) instead of 1 - cos r: no cancellation near the minimum.
+    return 2.0 * np.sin(0.5 * r) ** 2
+
+
+# rho' is largest where (1 + r^2) = 4 r^2, r = 1/sqrt 3: 2 r / (4/3)^2 = 3 sqrt 3 / 8.
+# rho'' = (2 - 6 r^2) / (1 + r^2)^3 falls from 2 (r = 0) to -1/2 (r = 1) and rises to 0.
+GEMAN_MCCLURE = Link(
+    "geman-mcclure", _geman_mcclure_value, _geman_mcclure_slope, 3.0 * math.sqrt(3.0) / 8.0, 2.0
+)
+COSINE = Link("cosine", _cosine_value, np.sin, 1.0, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class RidgeSum:
+    """f_i(w) = sum_e coefficients[i, e] * rho(rows[e] . w - offsets[e]), f = (1/n) sum_i f_i.
+
+    Shapes: ``rows`` (E, dim), ``offsets`` (E,), ``coefficients`` (n, E), ``start`` (dim,).
+    The mean coefficients must be non-negative (single ones need not be): with rho >= 0 this
+    makes ``f_star = 0`` a lower bound, attained where a point w* has rows @ w* = offsets.
+
+    Raises ValueError where the shapes disagree or a mean coefficient is negative.
+
+    >>> import numpy as np
+    >>> eye = np.eye(1)
+    >>> f = RidgeSum("one", COSINE, eye, np.zeros(1), eye, np.zeros(1), (slice(0, 1),))
+    >>> float(f.value(np.array([[np.pi]]))[0]), f.L, f.M
+    (2.0, 1.0, 1.0)
+    """
+
+    name: str
+    link: Link
+    rows: FloatArray = field(repr=False)
+    offsets: FloatArray = field(repr=False)
+    coefficients: FloatArray = field(repr=False)
+    start: FloatArray = field(repr=False)
+    blocks: tuple[slice, ...]
+
+    def __post_init__(self) -> None:
+        edges, dim = self.rows.shape
+        if self.offsets.shape != (edges,) or self.coefficients.shape[1:] != (edges,):
+            raise ValueError(
+                f"rows {self.rows.shape}, offsets {self.offsets.shape} and coefficients "
+                f"{self.coefficients.shape} disagree on the number of terms"
+            )
+        if self.start.shape != (dim,):
+            raise ValueError(f"start has shape {self.start.shape}, rows ask for {(dim,)}")
+        if (self._mean_coefficients < 0).any():
+            raise ValueError(
+                f"coefficients have a negative mean {self._mean_coefficients}: f_star = 0 and L "
+                "would not be certified"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """The number n of samples."""
+        return int(self.coefficients.shape[0])
+
+    @property
+    def f_star(self) -> float:
+        """Zero: every term of f is a non-negative multiple of rho >= 0."""
+        return 0.0
+
+    @cached_property
+    def _mean_coefficients(self) -> FloatArray:
+        return self.coefficients.mean(axis=0)
+
+    @cached_property
+    def L(self) -> float:
+        """Lipschitz constant of grad f: sup|rho''| * lambda_max(sum_e cbar_e a_e a_e^T).
+
+        Derived here: the Hessian is sum_e cbar_e rho''(r_e) a_e a_e^T with cbar_e >= 0, hence
+        between -/+ sup|rho''| times the matrix above. Attained at w* if rho''(0) = sup|rho''|.
+        """
+        gram = (self.rows.T * self._mean_coefficients) @ self.rows
+        return self.link.sup_curvature * float(np.linalg.eigvalsh(gram)[-1])
+
+    @cached_property
+    def M(self) -> float:
+        """sup|rho'|^2 * (1/n) sum_i E_i * lambda_max(C_i A A^T C_i), E_i terms in sample i.
+
+        Derived here: grad f_i = A^T C_i s with |s_e| <= sup|rho'| on the E_i terms that f_i has,
+        so ||s||^2 <= E_i sup|rho'|^2. One term: c_i^2 ||a_i||^2 sup|rho'|^2, as in the table of
+        the families. Attained if the all-ones vector is a top eigenvector for every i, up to
+        signs, and the rows are independent (then one w brings every slope to its supremum).
+        """
+        total = 0.0
+        for c in self.coefficients:
+            scaled = c[c != 0, None] * self.rows[c != 0]
+            if scaled.size:
+                total += len(scaled) * float(np.linalg.eigvalsh(scaled @ scaled.T)[-1])
+        return self.link.sup_slope**2 * total / self.num_samples
+
+    def value(self, w: FloatArray) -> FloatArray:
+        """Return f(w), shape (P,), for w of shape (P, dim)."""
+        result: FloatArray = self.link.value(self._residuals(w)) @ self._mean_coefficients
+        return result
+
+    def gradients(self, w: FloatArray, sample: IntArray) -> FloatArray:
+        """Return row p = grad f_{sample[p]}(w[p]), shape (P, dim)."""
+        slopes = self.link.slope(self._residuals(w))
+        result: FloatArray = (slopes * self.coefficients[sample]) @ self.rows
+        return result
+
+    def full_gradient(self, w: FloatArray) -> FloatArray:
+        """Return grad f, shape (P, dim)."""
+        slopes = self.link.slope(self._residuals(w))
+        return (slopes * self._mean_coefficients) @ self.rows
+
+    def _residuals(self, w: FloatArray) -> FloatArray:
+        return w @ self.rows.T - self.offsets
