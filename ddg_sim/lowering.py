@@ -1,0 +1,202 @@
+"""From a schedule to what a worker executes: operations, sends, receives and barriers.
+
+Every executor (the simulator, torch in one process, torch in many) runs these instructions, so
+none of them knows a method. Messages carry the ring slot they use.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ddg_sim.dependencies import (
+    Dependency,
+    Node,
+    Relation,
+    barrier_indices,
+    dependencies,
+    template_at,
+    token_bounds,
+)
+from ddg_sim.schedule import Jacobian, Op, OpKind, Rule, Schedule, steady_iterations
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What crosses from one stage to its neighbour: an activation, or the gradient of one."""
+
+    relation: Relation
+    source: int
+    target: int
+    sample: int
+
+    def __str__(self) -> str:
+        return f"{self.relation.value} {self.source}→{self.target} ({self.sample})"
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Hand a message to the link; returns at once. ``slot`` is the sender's buffer."""
+
+    message: Message
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Wait until a message is there. ``slot`` is the receiver's buffer."""
+
+    message: Message
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """Wait until every worker has come to its barrier with this number."""
+
+    number: int
+
+
+Instruction = Op | Send | Receive | Barrier
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """A stream of messages between two operations, and the ring of buffers it needs."""
+
+    dependency: Dependency
+    source: int
+    target: int
+    slots: int
+
+    @property
+    def relation(self) -> Relation:
+        """Whether activations or gradients flow."""
+        return self.dependency.relation
+
+
+def channels(schedule: Schedule) -> tuple[Channel, ...]:
+    """The message streams of a schedule; each sent message is received by exactly one operation.
+
+    >>> from ddg_sim.methods import ddg
+    >>> for channel in channels(ddg(2)):
+    ...     print(channel.relation.value, channel.source, channel.target, channel.slots)
+    gradient 1 0 2
+    activation 0 1 2
+    """
+    edges = dependencies(schedule)
+    bounds = token_bounds(schedule, edges)
+    return tuple(
+        Channel(
+            edge,
+            template_at(schedule, edge.source).stage,
+            template_at(schedule, edge.consumer).stage,
+            slots,
+        )
+        for edge, slots in zip(edges, bounds, strict=True)
+        if edge.is_message and slots is not None
+    )
+
+
+def instructions(
+    schedule: Schedule, worker: int, iterations: int, drain: bool = True
+) -> Iterator[Instruction]:
+    """Lower a worker's program, lazily, to operations, sends, receives and barriers.
+
+    Args:
+        schedule: a valid schedule.
+        worker: index of the worker.
+        iterations: iterations of samples that are fed.
+        drain: whether to go on until all samples are used everywhere.
+
+    >>> from ddg_sim.methods import ddg
+    >>> for instruction in instructions(ddg(2), 1, iterations=1):
+    ...     print(type(instruction).__name__, getattr(instruction, "message", instruction))
+    Receive activation 0→1 (0)
+    Op F1(0)v0@0
+    Op B1(0)v0@0
+    Send gradient 1→0 (0)
+    Op U1(0)v1@0
+    """
+    incoming: dict[int, list[Channel]] = defaultdict(list)
+    outgoing: dict[int, list[Channel]] = defaultdict(list)
+    for channel in channels(schedule):
+        if channel.dependency.target.worker == worker:
+            incoming[channel.dependency.target.position].append(channel)
+        if channel.dependency.source.worker == worker:
+            outgoing[channel.dependency.source.position].append(channel)
+    meetings = barrier_indices(schedule, worker)
+    total = iterations * schedule.samples_per_iteration
+    for iteration, tick in enumerate(schedule.ticks(worker, iterations, drain)):
+        for index, op in enumerate(tick):
+            for channel in incoming[index]:
+                sent = iteration - channel.dependency.tokens
+                message = _message(schedule, channel, sent)
+                if 0 <= message.sample < total:
+                    yield Receive(message, sent % channel.slots)
+            if op is not None:
+                yield op
+                for channel in outgoing[index]:
+                    # Without draining, what nobody will receive is not sent either.
+                    if drain or iteration + channel.dependency.tokens < iterations:
+                        message = _message(schedule, channel, iteration)
+                        yield Send(message, iteration % channel.slots)
+            if index in meetings:
+                yield Barrier(iteration * len(meetings) + meetings.index(index))
+
+
+def _message(schedule: Schedule, channel: Channel, iteration: int) -> Message:
+    """The message that the channel's source sends in ``iteration``."""
+    source: Node = channel.dependency.source
+    sample = schedule.sample_of(template_at(schedule, source), iteration)
+    return Message(channel.relation, channel.source, channel.target, sample)
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """The most a stage ever holds at once, in samples and in copies of its weights."""
+
+    activations: int
+    weight_versions: int
+
+
+def stage_memory(ops: Iterable[Op], rule: Rule) -> StageMemory:
+    """Peak live activations and weight versions of one stage whose operations run in this order.
+
+    A sample is live from the start of its forward pass to the end of its backward pass. A version
+    is live while it is the newest, or while the rule lets a live sample's backward pass read it.
+
+    >>> from ddg_sim.methods import ddg
+    >>> stage_memory(ddg(3).program(0, 10), ddg(3).rule)
+    StageMemory(activations=3, weight_versions=3)
+    """
+    live: dict[int, int] = {}
+    newest = activations = versions = 0
+    for op in ops:
+        if op.kind is OpKind.FORWARD:
+            live[op.sample] = op.version
+        elif op.kind is OpKind.UPDATE:
+            newest = op.version
+        held = {newest, *live.values()} if rule.jacobian is Jacobian.STASHED else {newest}
+        activations = max(activations, len(live))
+        versions = max(versions, len(held))
+        if op.kind in (OpKind.BACKWARD, OpKind.BACKWARD_WEIGHT):
+            live.pop(op.sample, None)
+    return StageMemory(activations, versions)
+
+
+def memory(schedule: Schedule) -> tuple[StageMemory, ...]:
+    """Peak live activations and weight versions per stage, in steady state.
+
+    >>> from ddg_sim.methods import bp, ddg
+    >>> [(stage.activations, stage.weight_versions) for stage in memory(ddg(3))]
+    [(3, 3), (2, 2), (1, 1)]
+    >>> [(stage.activations, stage.weight_versions) for stage in memory(bp(2))]
+    [(1, 1), (1, 1)]
+    """
+    per_stage: list[list[Op]] = [[] for _ in range(schedule.num_stages)]
+    for worker in range(len(schedule.workers)):
+        for op in schedule.program(worker, steady_iterations(schedule)):
+            per_stage[op.stage].append(op)
+    return tuple(stage_memory(ops, schedule.rule) for ops in per_stage)
