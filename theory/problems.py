@@ -45,9 +45,10 @@ def make(name: str, num_stages: int, num_samples: int = 2, seed: int = 0) -> Pro
 def geman_mcclure(num_stages: int, num_samples: int = 2, seed: int = 0) -> RidgeSum:
     """Return robust regression: f_i = r_i^2 / (1 + r_i^2), r_i = a_i . w - b_i.
 
-    Two weights a stage. The rows a_i have length 1 and b = A w* for a planted w*, so that (derived here, see RidgeSum)
-    L = 2 lambda_max(A^T A / n) <= 2, attained at w*; M = 27/64, attained if n <= dim;
-    f* = 0, attained at w*.
+    Two weights a stage; the rows a_i have length 1, and b = A w* for a planted w*.
+
+    Constants (derived here, see RidgeSum): L = 2 lambda_max(A^T A / n) <= 2, attained at w*;
+    M = 27/64, attained if n <= dim; f* = 0, attained at w*.
 
     >>> problem = geman_mcclure(num_stages=2)
     >>> problem.start.shape, round(problem.M, 12) == 27 / 64

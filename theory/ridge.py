@@ -94,7 +94,8 @@ class RidgeSum:
 
     @cached_property
     def _mean_coefficients(self) -> FloatArray:
-        return self.coefficients.mean(axis=0)
+        mean: FloatArray = self.coefficients.mean(axis=0)
+        return mean
 
     @cached_property
     def L(self) -> float:
@@ -136,7 +137,9 @@ class RidgeSum:
     def full_gradient(self, w: FloatArray) -> FloatArray:
         """Return grad f, shape (P, dim)."""
         slopes = self.link.slope(self._residuals(w))
-        return (slopes * self._mean_coefficients) @ self.rows
+        result: FloatArray = (slopes * self._mean_coefficients) @ self.rows
+        return result
 
     def _residuals(self, w: FloatArray) -> FloatArray:
-        return w @ self.rows.T - self.offsets
+        result: FloatArray = w @ self.rows.T - self.offsets
+        return result
