@@ -87,7 +87,7 @@ def harmonic_steps(gamma: float, iterations: int) -> FloatArray:
     array([0.5 , 0.25])
     """
     _require_steps(gamma, iterations)
-    return gamma / (1.0 + np.arange(iterations))
+    return gamma / (1.0 + np.arange(iterations, dtype=np.float64))
 
 
 def delay_constant(num_stages: int, M: float, sigma: float) -> float:
@@ -116,6 +116,8 @@ def lemma1(constants: Constants, step_sizes: npt.ArrayLike) -> float:
 def theorem1(constants: Constants, step_sizes: npt.ArrayLike) -> float:
     """Return 2 gap/(gamma T) + 2 gamma L M_K with sigma = 1, for a constant step size.
 
+    Weaker than Theorem A where gamma L <= 1: 1 + gamma L (K-1)^2 <= 2 (K + K^4).
+
     Raises ValueError if the step sizes are not all the same.
 
     >>> one = Constants(L=1.0, M=1.0, gap=1.0, num_stages=1, max_delay=0)
@@ -142,6 +144,15 @@ def theorem2(constants: Constants, step_sizes: npt.ArrayLike) -> float:
 
 def theorem_a(constants: Constants, step_sizes: npt.ArrayLike) -> float:
     """Return 2 gap/(gamma T) + gamma L M (1 + gamma L D^2), for a constant step size.
+
+    Proof. Let v^0 = w^0, v^{t+1} = v^t - gamma grad f_{i(t)}(w^t): all blocks of a sample at once.
+    v^t depends on i(0..t-1) only, and so does w^t, hence smoothness at v^t gives
+    E f(v^{t+1}) <= E f(v^t) - gamma E<grad f(v^t), grad f(w^t)> + gamma^2 L M / 2. With
+    -<a, b> <= -||b||^2/2 + ||a - b||^2/2 the middle term is at most
+    -(gamma/2) G_t + (gamma/2) L^2 E||e_t||^2 for e_t = v^t - w^t. Block k of e_t is
+    -gamma sum_{p=1}^{min(d_k,t)} grad_k f_{i(t-p)}(w^{t-p}), so by Cauchy-Schwarz
+    E||e_t||^2 <= gamma^2 D sum_{p=1}^{D} E||grad f_{i(t-p)}(w^{t-p})||^2 <= gamma^2 D^2 M, in the
+    warm-up too. Sum over t and use f(v^T) >= f*.
 
     Raises ValueError if the step sizes are not all the same.
 
@@ -249,7 +260,7 @@ THEOREM_A = Statement(
     hypotheses=(SMOOTH, SECOND_MOMENT, IID, FIXED_DELAYS),
     conditioning=_TOTAL,
     formula="(1/T) sum_{t<T} G_t <= 2 gap/(gamma T) + gamma L M (1 + gamma L D^2), D = max d_k",
-    source="proved for this toolkit (virtual iterate), DESIGN.md",
+    source="derived here: see the proof at theory.bounds.theorem_a",
     status=Status.PROVED,
     note="Any gamma > 0 and any fixed delays. The delay costs second order in gamma only.",
     step_rule=constant_steps,

@@ -1,0 +1,94 @@
+"""Where the one-step claim of the DDG paper fails, to the digits, by exact enumeration.
+
+All three run the real schedule ``ddg(2)`` on problems that meet Assumptions 1 and 2 with the
+stated L and M, and with gamma L <= 1.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ddg_sim.methods import ddg
+from theory.bounds import Constants, constant_steps, lemma1
+from theory.iterate import iterate
+from theory.paths import sample_paths
+from theory.problems import one_sided_cosine, opposed_cosines
+from theory.protocols import Problem
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The two sides of a claim; ``left <= right`` (or, where it says so, equality) is claimed."""
+
+    left: float
+    right: float
+
+
+def dependent_sample() -> Sides:
+    """Return both sides of Lemma 1 at t = 1, given i(0) = 2: left > right (counterexample a).
+
+    f_i(w) = c_i (1 - cos(w_1 + w_2)), c = (3, -1), w^0 = (pi/2, 0), K = 2, gamma = 10^-3. Stage 1
+    applies sample i(0) at t = 1, but w^1 already tells which one that was.
+
+    >>> sides = dependent_sample()
+    >>> print(f"{sides.left:.1e} {sides.right:.2e}")
+    -1.5e-09 -6.40e-04
+    """
+    # i(0) = 2 is sample 1, counted from 0: the last two of the four paths.
+    return _descent(opposed_cosines(), gamma=1e-3, t=1, paths=slice(2, 4))
+
+
+def dependent_sample_total() -> Sides:
+    """Return both sides of the same step in total expectation: here left <= right.
+
+    >>> sides = dependent_sample_total()
+    >>> print(f"{sides.left:.1e} {sides.right:.2e}")
+    -2.0e-03 -6.40e-04
+    """
+    return _descent(opposed_cosines(), gamma=1e-3, t=1, paths=slice(0, 4))
+
+
+def idle_stage() -> Sides:
+    """Return both sides of Lemma 1 at t = 0, in the warm-up: left > right (counterexample b).
+
+    f(w) = 1 - cos(w_1), one sample, w_1 = pi/2, K = 2, gamma = 0.01. Stage 1 idles at t = 0.
+
+    >>> sides = idle_stage()
+    >>> print(f"{sides.left:.1e} {sides.right:.1e}")
+    0.0e+00 -3.2e-03
+    """
+    return _descent(one_sided_cosine(), gamma=0.01, t=0, paths=slice(0, 1))
+
+
+def independence_step() -> Sides:
+    """Return the step of Lemma 1's proof that takes i(0) and w^1 for independent (c).
+
+    Claimed: E<grad_1 f(w^1), grad_1 f_{i(0)}(w^0)> = E<grad_1 f(w^1), grad_1 f(w^0)>, in total
+    expectation. Same f_i as (a), w^0 = (pi/4, 0), gamma = 0.1. ``left`` is true, ``right`` claimed.
+
+    >>> sides = independence_step()
+    >>> print(f"{sides.left:.4f} {sides.right:.4f}")
+    0.3082 0.4588
+    """
+    problem = opposed_cosines(start=(0.25 * np.pi, 0.0))
+    paths = sample_paths(problem.num_samples, 1, 0, 2)
+    w = iterate(ddg(2), problem, paths, [0.1]).w
+    block = problem.blocks[0]
+    now = problem.full_gradient(w[1])[:, block]
+    true = now * problem.gradients(w[0], paths[:, 0])[:, block]
+    claimed = now * problem.full_gradient(w[0])[:, block]
+    return Sides(float(true.sum(axis=1).mean()), float(claimed.sum(axis=1).mean()))
+
+
+def _descent(problem: Problem, gamma: float, t: int, paths: slice) -> Sides:
+    """Return the sides of Lemma 1 at step t, averaged over those of the n^(t+1) paths."""
+    n = problem.num_samples
+    gammas = constant_steps(gamma, t + 1)
+    w = iterate(ddg(2), problem, sample_paths(n, t + 1, 0, n ** (t + 1))[paths], gammas).w
+    gap = float(problem.value(problem.start[None])[0]) - problem.f_star
+    noise = lemma1(Constants(problem.L, problem.M, gap, num_stages=2, max_delay=1), gammas)
+    squares = np.sum(problem.full_gradient(w[t]) ** 2, axis=1)
+    return Sides(
+        left=float(np.mean(problem.value(w[t + 1]) - problem.value(w[t]))),
+        right=noise - 0.5 * gamma * float(squares.mean()),
+    )
