@@ -4,22 +4,38 @@ It follows the operations and nothing else. Which weights an operation reads is 
 says, so stash, current and replay need no case of their own, and no method is written down twice.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, TypeGuard
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from ddg_sim.schedule import Op, OpKind, Schedule, steady_iterations
-from theory.protocols import FloatArray, IntArray, LayeredProblem, Problem
+from ddg_sim.schedule import Op, OpKind, Rule, Schedule, steady_iterations
+from theory.gradients import align, engine_for, spread
+from theory.protocols import FloatArray, IntArray, Problem
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """The weights of all stages: ``w[t]`` (P, dim) at the start of tick t, t = 0..T."""
+    """The weights of all stages at the start of every tick t = 0..T, along P sample paths.
 
-    w: FloatArray
+    ``distinct[t]`` has one row per group of neighbouring paths that agree on all samples used so
+    far; its length R_t divides P, and every row stands for P / R_t paths.
+    """
+
+    distinct: tuple[FloatArray, ...]
+    num_paths: int
+
+    def at(self, tick: int) -> FloatArray:
+        """Return the weights at the start of ``tick``, shape (P, dim)."""
+        return spread(self.distinct[tick], self.num_paths)
+
+    @cached_property
+    def w(self) -> FloatArray:
+        """The weights at the start of every tick, shape (T + 1, P, dim)."""
+        return np.stack([self.at(tick) for tick in range(len(self.distinct))])
 
 
 def iterate(
@@ -42,7 +58,9 @@ def iterate(
             backward passes before one update are averaged.
 
     Returns:
-        The trajectory, ``w`` of shape (T + 1, P, dim).
+        The trajectory, ``w`` of shape (T + 1, P, dim). What neighbouring paths share (a common
+        beginning) is computed once, so enumerating all n^T paths in lexicographic order costs
+        about n^T steps, not T n^T.
 
     Raises:
         ValueError: if shapes or values disagree (the message names the argument), if the schedule
@@ -57,15 +75,9 @@ def iterate(
     [1.570796, 1.570796, 1.470796, 1.370796]
     """
     gammas = np.asarray(step_sizes, dtype=np.float64)
-    samples = np.asarray(paths).astype(np.int64)
-    _validate(schedule, problem, samples, gammas)
-    engine: _Engine = (
-        _Propagation(problem, samples) if is_layered(problem) else _Snapshots(problem, samples)
-    )
-    weights = [
-        _Stage([np.broadcast_to(problem.start[block], (len(samples), block.stop - block.start))])
-        for block in problem.blocks
-    ]
+    samples = _validate(schedule, problem, np.asarray(paths), gammas)
+    engine = engine_for(problem, samples)
+    weights = [_Stage([problem.start[None, block]]) for block in problem.blocks]
     done: set[tuple[OpKind, int, int]] = set()
     programs = [
         schedule.program(worker, len(gammas), drain=False)
@@ -80,21 +92,11 @@ def iterate(
         else:
             engine.forward(op, stage.versions[op.version])
         done.add((op.kind, op.stage, op.sample))
-    w = np.empty((len(gammas) + 1, len(samples), len(problem.start)))
-    for block, stage in zip(problem.blocks, weights, strict=True):
-        for tick in range(len(gammas) + 1):
-            w[tick, :, block] = stage.versions[stage.newest_at(tick)]
-    return Trajectory(w)
-
-
-def is_layered(problem: Problem) -> TypeGuard[LayeredProblem]:
-    """Whether the problem has real stages to propagate through.
-
-    >>> from theory.problems import make
-    >>> is_layered(make("kuramoto", 2)), is_layered(make("rotation-chain", 2))
-    (False, True)
-    """
-    return all(hasattr(problem, part) for part in ("inputs", "forward", "backward"))
+    ticks = range(len(gammas) + 1)
+    return Trajectory(
+        tuple(np.concatenate(align(*(k.at(tick) for k in weights)), axis=1) for tick in ticks),
+        num_paths=len(samples),
+    )
 
 
 def snapshot_delays(schedule: Schedule) -> tuple[int, ...]:
@@ -142,91 +144,13 @@ class _Stage:
     pending: list[FloatArray] = field(default_factory=list)
 
     def apply(self, gamma: float, tick: int) -> None:
-        gradient = self.pending[0] if len(self.pending) == 1 else np.mean(self.pending, axis=0)
-        self.versions.append(self.versions[-1] - gamma * gradient)
+        newest, *gradients = align(self.versions[-1], *self.pending)
+        self.versions.append(newest - gamma * (sum(gradients) / len(gradients)))
         self.ticks.append(tick)
         self.pending.clear()
 
-    def newest_at(self, tick: int) -> int:
-        return sum(produced < tick for produced in self.ticks)
-
-
-class _Engine(Protocol):
-    """How gradients come about; ``w_k`` is the version that the operation reads."""
-
-    def forward(self, op: Op, w_k: FloatArray) -> None: ...
-
-    def backward(self, op: Op, w_k: FloatArray) -> FloatArray: ...
-
-
-@dataclass(eq=False)
-class _Snapshots:
-    """Gradients of a problem without stages: whole, at the concatenation of what F read."""
-
-    problem: Problem
-    samples: IntArray
-    read: dict[tuple[int, int], tuple[int, FloatArray]] = field(default_factory=dict)
-    gradients: dict[int, FloatArray] = field(default_factory=dict)
-
-    def forward(self, op: Op, w_k: FloatArray) -> None:
-        if op.kind is OpKind.RECOMPUTE:
-            self._require_stashed(op)
-        else:
-            self.read[op.stage, op.sample] = op.version, w_k
-
-    def backward(self, op: Op, w_k: FloatArray) -> FloatArray:
-        self._require_stashed(op)
-        if op.sample not in self.gradients:
-            # The last stage comes first: now every stage has read its weights for this sample.
-            blocks = [self.read[k, op.sample][1] for k in range(len(self.problem.blocks))]
-            self.gradients[op.sample] = self.problem.gradients(
-                np.concatenate(blocks, axis=1), self.samples[:, op.sample]
-            )
-        del self.read[op.stage, op.sample]
-        whole = self.gradients[op.sample] if op.stage else self.gradients.pop(op.sample)
-        return whole[:, self.problem.blocks[op.stage]]
-
-    def _require_stashed(self, op: Op) -> None:
-        if op.version != self.read[op.stage, op.sample][0]:
-            raise ValueError(
-                f"schedule: {op} reads other weights than F{op.stage}({op.sample}) did, and "
-                f"problem {self.problem.name!r} has no stages that could tell the two apart; "
-                "take rotation-chain, or stashed weights"
-            )
-
-
-@dataclass(eq=False)
-class _Propagation:
-    """Gradients of a layered problem: h and delta go from stage to stage, as on devices."""
-
-    problem: LayeredProblem
-    samples: IntArray
-    kept: dict[tuple[int, int], tuple[FloatArray, FloatArray]] = field(default_factory=dict)
-    sent: dict[tuple[OpKind, int, int], FloatArray] = field(default_factory=dict)
-
-    def forward(self, op: Op, w_k: FloatArray) -> None:
-        if op.kind is OpKind.RECOMPUTE:
-            h_in = self.kept[op.stage, op.sample][0]
-        elif op.stage == 0:
-            h_in = self.problem.inputs(self.samples[:, op.sample])
-        else:
-            h_in = self.sent.pop((OpKind.FORWARD, op.stage - 1, op.sample))
-        h_out = self.problem.forward(op.stage, w_k, h_in)
-        self.kept[op.stage, op.sample] = h_in, h_out
-        # A replayed output stays where it is: the next stage has long had the first one.
-        if op.kind is OpKind.FORWARD and op.stage + 1 < len(self.problem.blocks):
-            self.sent[op.kind, op.stage, op.sample] = h_out
-
-    def backward(self, op: Op, w_k: FloatArray) -> FloatArray:
-        h_in, h_out = self.kept.pop((op.stage, op.sample))
-        if op.stage + 1 == len(self.problem.blocks):
-            delta = self.problem.loss_gradient(h_out, self.samples[:, op.sample])
-        else:
-            delta = self.sent.pop((OpKind.BACKWARD, op.stage + 1, op.sample))
-        gradient, delta = self.problem.backward(op.stage, w_k, h_in, h_out, delta)
-        if op.stage:
-            self.sent[OpKind.BACKWARD, op.stage, op.sample] = delta
-        return gradient
+    def at(self, tick: int) -> FloatArray:
+        return self.versions[bisect_left(self.ticks, tick)]
 
 
 def _data_driven(
@@ -263,22 +187,31 @@ def _ready(op: Op, done: set[tuple[OpKind, int, int]], weights: list[_Stage]) ->
 _UNDERSTOOD = {OpKind.FORWARD, OpKind.RECOMPUTE, OpKind.BACKWARD, OpKind.UPDATE}
 
 
-def _validate(schedule: Schedule, problem: Problem, samples: IntArray, gammas: FloatArray) -> None:
+def _validate(
+    schedule: Schedule, problem: Problem, paths: npt.NDArray[np.integer], gammas: FloatArray
+) -> IntArray:
     if schedule.num_stages != len(problem.blocks):
         raise ValueError(
             f"schedule has {schedule.num_stages} stages, problem {problem.name!r} has "
             f"{len(problem.blocks)} blocks"
         )
+    rule = schedule.rule
+    if rule != Rule(rule.activations, rule.jacobian):
+        # Better no answer than one that leaves out a gradient transform.
+        raise ValueError(f"schedule.rule has parts unknown to the NumPy executor: {rule}")
     for template in schedule.templates():
         if template.kind not in _UNDERSTOOD:
             raise ValueError(f"schedule: {template} has no meaning for the NumPy executor")
     if gammas.ndim != 1 or not np.all(np.isfinite(gammas) & (gammas > 0)):
         raise ValueError(f"step_sizes must be a vector of positive finite numbers, got {gammas}")
     columns = len(gammas) * schedule.samples_per_iteration
-    if samples.ndim != 2 or samples.shape[1] != columns:
-        raise ValueError(f"paths must have shape (P, {columns}), got {samples.shape}")
-    if samples.size and not 0 <= samples.min() <= samples.max() < problem.num_samples:
+    if paths.ndim != 2 or paths.shape[1] != columns or not paths.size:
+        raise ValueError(f"paths must have shape (P >= 1, {columns}), got {paths.shape}")
+    if not np.issubdtype(paths.dtype, np.integer):
+        raise ValueError(f"paths must hold integers, got {paths.dtype}")
+    if not 0 <= paths.min() <= paths.max() < problem.num_samples:
         raise ValueError(
             f"paths must hold sample indices in [0, {problem.num_samples}), got "
-            f"{samples.min()}..{samples.max()}"
+            f"{paths.min()}..{paths.max()}"
         )
+    return paths.astype(np.int64)

@@ -12,9 +12,8 @@ from theory.iterate import iterate
 from theory.protocols import FloatArray, IntArray, Problem
 
 MAX_PATHS = 10_000_000
-#: Paths and weights (64-bit numbers) that one batch may hold; 2^24 numbers are 128 MiB.
-BATCH_PATHS = 200_000
-BATCH_NUMBERS = 2**24
+#: The weights (64-bit numbers) of one version on one batch; a run holds about ten times as many.
+BATCH_NUMBERS = 2**20
 #: Weights whose projections follow each other this closely are taken for the same weights.
 SAME_WEIGHTS = 1e-11
 
@@ -84,10 +83,11 @@ def mean_squared_gradients(
     gammas = np.asarray(step_sizes, dtype=np.float64)
     sums: list[list[float]] = [[] for _ in gammas]
     total = count_paths(problem.num_samples, len(gammas), schedule.samples_per_iteration)
-    for paths in _batches(schedule, problem, len(gammas), together=1):
-        w = iterate(schedule, problem, paths, gammas).w
-        for tick, weights in enumerate(w[:-1]):
-            sums[tick].append(float(np.sum(problem.full_gradient(weights) ** 2)))
+    for paths in _batches(schedule, problem, len(gammas)):
+        run = iterate(schedule, problem, paths, gammas)
+        for tick, weights in enumerate(run.distinct[:-1]):
+            squares = float(np.sum(problem.full_gradient(weights) ** 2))
+            sums[tick].append(squares * (len(paths) / len(weights)))
     return np.array([math.fsum(parts) / total for parts in sums])
 
 
@@ -118,11 +118,11 @@ def worst_step(
     for t in range(len(gammas)):
         # Per history i(0..t-1): a projection of w^t, left side, right side, largest |f|.
         parts: list[FloatArray] = []
-        for paths in _batches(schedule, problem, t + 1, together=siblings):
-            w = iterate(schedule, problem, paths, gammas[: t + 1]).w
+        for paths in _batches(schedule, problem, t + 1):
+            run = iterate(schedule, problem, paths, gammas[: t + 1])
             # The siblings i(t) = 0..n-1 follow each other and share w^t.
-            before = w[t, ::siblings]
-            after = problem.value(w[t + 1]).reshape(-1, siblings)
+            before = run.at(t)[::siblings]
+            after = problem.value(run.at(t + 1)).reshape(-1, siblings)
             now = problem.value(before)
             slope = np.sum(problem.full_gradient(before) ** 2, axis=1)
             left = after.mean(axis=1) - now
@@ -148,13 +148,17 @@ def _worst_group(t: int, table: FloatArray) -> Step:
     return Step(t, float(lefts[worst]), float(rights[worst]), float(scale.max()))
 
 
-def _batches(
-    schedule: Schedule, problem: Problem, iterations: int, together: int
-) -> Iterator[IntArray]:
-    """Yield all paths of that many iterations in order; ``together`` paths are never separated."""
+def _batches(schedule: Schedule, problem: Problem, iterations: int) -> Iterator[IntArray]:
+    """Yield all paths of that many iterations in order.
+
+    A batch is all continuations of one beginning, for `iterate` computes shared beginnings once.
+    Of one iteration's samples it always holds all choices.
+    """
     total = count_paths(problem.num_samples, iterations, schedule.samples_per_iteration)
     length = iterations * schedule.samples_per_iteration
-    held = BATCH_NUMBERS // ((iterations + 1) * len(problem.start))
-    size = max(1, min(BATCH_PATHS, held) // together) * together
+    per_iteration = problem.num_samples**schedule.samples_per_iteration
+    size = per_iteration
+    while size < total and size * per_iteration * len(problem.start) <= BATCH_NUMBERS:
+        size *= per_iteration
     for start in range(0, total, size):
-        yield sample_paths(problem.num_samples, length, start, min(start + size, total))
+        yield sample_paths(problem.num_samples, length, start, start + size)
