@@ -11,15 +11,10 @@ from torch import nn
 
 from ddg_gpu.checkpoint import weights_sha256
 from ddg_gpu.data import Batches, Dataset
-from ddg_gpu.distributed import (
-    Progress,
-    WorkerOutcome,
-    run_processes,
-    run_rank,
-    under_torchrun,
-)
+from ddg_gpu.distributed import WorkerOutcome, run_processes, run_rank, under_torchrun
 from ddg_gpu.execute import run_serial, timeline
 from ddg_gpu.job import Job, make_stage, network, num_iterations
+from ddg_gpu.processes import Progress
 from ddg_sim.schedule import parse_op
 from ddg_sim.timeline import Timeline
 
