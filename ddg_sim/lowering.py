@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ddg_sim.dependencies import (
     Dependency,
@@ -17,8 +18,8 @@ from ddg_sim.dependencies import (
     barrier_indices,
     dependencies,
     template_at,
-    token_bounds,
 )
+from ddg_sim.rings import ring_slots
 from ddg_sim.schedule import Jacobian, Op, OpKind, Rule, Schedule, steady_iterations
 
 
@@ -76,6 +77,7 @@ class Channel:
         return self.dependency.relation
 
 
+@lru_cache(maxsize=32)
 def channels(schedule: Schedule) -> tuple[Channel, ...]:
     """The message streams of a schedule; each sent message is received by exactly one operation.
 
@@ -85,17 +87,16 @@ def channels(schedule: Schedule) -> tuple[Channel, ...]:
     gradient 1 0 2
     activation 0 1 2
     """
-    edges = dependencies(schedule)
-    bounds = token_bounds(schedule, edges)
+    slots = ring_slots(schedule)
     return tuple(
         Channel(
             edge,
             template_at(schedule, edge.source).stage,
             template_at(schedule, edge.consumer).stage,
-            slots,
+            slots[edge],
         )
-        for edge, slots in zip(edges, bounds, strict=True)
-        if edge.is_message and slots is not None
+        for edge in dependencies(schedule)
+        if edge.is_message
     )
 
 

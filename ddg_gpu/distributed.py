@@ -1,0 +1,179 @@
+"""The distributed executor: one process per worker, messages over gloo.
+
+A run is started from here (processes on this machine) or by torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ddg_gpu.data import Batches, Dataset
+from ddg_gpu.execute import Record, work
+from ddg_gpu.job import Job, make_stage, message_shape, network, num_iterations
+from ddg_gpu.processes import Progress, Report, run_together
+from ddg_gpu.transport import GlooTransport
+from ddg_sim.lowering import channels, instructions
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOutcome:
+    """What a worker hands back.
+
+    Args:
+        weights: parameters and buffers of its stages, by their names in the whole model.
+        losses: (sample, loss) of the last stage; empty elsewhere.
+        spans: (operation as text, start, end), seconds on this machine's monotonic clock.
+    """
+
+    weights: dict[str, Tensor]
+    losses: list[tuple[int, float]]
+    spans: list[tuple[str, float, float]]
+
+
+def run_worker(
+    job: Job,
+    dataset: Dataset,
+    rank: int,
+    timeout: float,
+    on_sample: Callable[[int], None] = lambda sample: None,
+) -> WorkerOutcome:
+    """Run one worker of a job; the process group must exist, with one rank per worker.
+
+    Args:
+        job: what to train; the same in every process.
+        dataset: the data; the same in every process.
+        rank: index of this worker.
+        timeout: seconds that any wait for another worker may last.
+        on_sample: called with each sample that the last stage has finished.
+    """
+    torch.set_num_threads(1)  # other thread counts give other bits
+    schedule = job.schedule()
+    parts = network(job, dataset)
+    batches = Batches(dataset, job.batch_size, job.seed)
+    iterations = num_iterations(job, batches)
+    stages = {
+        index: make_stage(job, schedule, module, index)
+        for index, module in enumerate(parts.modules)
+        if schedule.worker_of(index) == rank
+    }
+    transport = GlooTransport(
+        schedule,
+        instructions(schedule, rank, iterations),
+        {
+            (channel.relation, channel.target): channel.slots
+            for channel in channels(schedule)
+            if channel.dependency.target.worker == rank
+        },
+        message_shape(parts.boundaries, batches),
+        timeout,
+    )
+    record = Record()
+    dist.barrier()  # start together, so that loading is not mistaken for waiting
+    program = instructions(schedule, rank, iterations)
+    for _ in work(program, stages, transport, batches, record, on_sample):
+        raise RuntimeError("a worker in a process of its own has nobody to take turns with")
+    transport.close()
+    weights = {
+        name: tensor
+        for index, stage in stages.items()
+        for name, tensor in _whole_model_names(
+            stage.module.state_dict(), first_layer=(0, *parts.cuts)[index]
+        ).items()
+    }
+    losses = [item for stage in stages.values() for item in sorted(stage.losses.items())]
+    return WorkerOutcome(
+        weights, losses, [(str(op), start, end) for op, start, end in record.spans]
+    )
+
+
+def _whole_model_names(state: dict[str, Tensor], first_layer: int) -> dict[str, Tensor]:
+    """Rename ``0.weight`` of a stage to ``7.weight`` if the stage begins at the model's layer 7."""
+    split = {name: name.split(".", 1) for name in state}
+    return {
+        f"{int(layer) + first_layer}.{rest}": state[name] for name, (layer, rest) in split.items()
+    }
+
+
+def run_processes(
+    job: Job,
+    dataset: Dataset,
+    timeout: float = 120.0,
+    port: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> list[WorkerOutcome]:
+    """Run a job in one new process per worker on this machine.
+
+    Args:
+        job: what to train.
+        dataset: the data.
+        timeout: seconds that any wait for another worker may last.
+        port: TCP port on which the workers meet; None takes a free one.
+        progress: called with (samples finished, samples in all) about twice a second.
+
+    Raises:
+        ValueError: if the port cannot be used.
+        WorkerError: naming the first worker that failed, and why.
+    """
+    given = {
+        "dataset": {field.name: getattr(dataset, field.name) for field in fields(dataset)},
+        "timeout": timeout,
+    }
+    total = num_iterations(job, Batches(dataset, job.batch_size, job.seed))
+    results = run_together(
+        partial(_task, job),
+        len(job.schedule().workers),
+        given,
+        timeout=timeout,
+        port=port,
+        steps=total,
+        progress=progress,
+    )
+    return [WorkerOutcome(**result) for result in results]
+
+
+def _task(job: Job, rank: int, given: dict[str, Any], report: Report) -> dict[str, Any]:
+    dataset = Dataset(**given["dataset"])
+    outcome = run_worker(job, dataset, rank, given["timeout"], lambda sample: report(sample + 1))
+    # Not asdict, which would copy every tensor.
+    return {field.name: getattr(outcome, field.name) for field in fields(outcome)}
+
+
+def under_torchrun() -> bool:
+    """Whether this process was started by torchrun.
+
+    >>> under_torchrun()
+    False
+    """
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def run_rank(job: Job, dataset: Dataset, timeout: float) -> list[WorkerOutcome] | None:
+    """Run this process's worker under torchrun; rank 0 gets the outcomes of all, others None.
+
+    Raises:
+        ValueError: if torchrun started another number of processes than the job has workers.
+    """
+    workers, started = len(job.schedule().workers), int(os.environ["WORLD_SIZE"])
+    if started != workers:
+        raise ValueError(
+            f"stages {job.stages} needs {workers} processes, torchrun started {started}:"
+            f" use --nproc-per-node {workers}"
+        )
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    try:
+        rank = dist.get_rank()
+        outcome = run_worker(job, dataset, rank, timeout)
+        gathered: list[WorkerOutcome] | None = [outcome] * workers if rank == 0 else None
+        dist.gather_object(outcome, gathered)
+        return gathered
+    finally:
+        dist.destroy_process_group()

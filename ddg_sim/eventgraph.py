@@ -1,0 +1,266 @@
+"""A schedule with costs as an event graph: what happens once per iteration, and what waits for it.
+
+Events are operations, transfers and barriers; an arc carries as many tokens as there are
+iterations between its ends (a timed event graph, or timed marked graph: Baccelli, Cohen, Olsder,
+Quadrat, "Synchronization and Linearity", 1992). Barriers are events of their own, so that a graph
+of K workers has O(K) arcs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+
+from ddg_sim.costs import Costs
+from ddg_sim.dependencies import (
+    Dependency,
+    Node,
+    Relation,
+    barrier_indices,
+    dependencies,
+    template_at,
+)
+from ddg_sim.schedule import Schedule, ScheduleError
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An operation (at ``node``), the transfer of a ``message``, or else a barrier.
+
+    ``duration`` is in seconds. ``sample`` is the sample offset of the operation, or of the one
+    whose output is transferred: the event exists only where that sample exists.
+    """
+
+    name: str
+    duration: float
+    node: Node | None = None
+    message: Dependency | None = None
+    sample: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Arc:
+    """Event ``target`` of iteration t starts only after ``source`` of iteration t - tokens.
+
+    An arc with ``data`` binds only where its source exists.
+    """
+
+    source: int
+    target: int
+    tokens: int
+    data: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EventGraph:
+    """The events of a schedule and its arcs; arcs refer to events by index."""
+
+    schedule: Schedule
+    events: tuple[Event, ...]
+    arcs: tuple[Arc, ...]
+
+
+def event_graph(schedule: Schedule, costs: Costs) -> EventGraph:
+    """Build the event graph of a valid schedule.
+
+    Transfers on one directed link (source worker, target worker) follow one another in the order
+    in which the source's loop body produces them. Dependencies inside a worker need no arcs:
+    program order implies them.
+
+    Raises:
+        ValueError: if the costs are for another number of stages.
+
+    >>> from ddg_sim.costs import costs
+    >>> from ddg_sim.methods import ddg
+    >>> [event.name for event in event_graph(ddg(2), costs(2)).events]
+    ['F0', 'B0', 'U0', 'F1', 'B1', 'U1', 'gradient 1→0', 'activation 0→1']
+    """
+    check_stages(schedule, costs)
+    events: list[Event] = []
+    arcs: list[Arc] = []
+    index: dict[Node, int] = {}
+    for worker, body in enumerate(schedule.workers):
+        for position, template in enumerate(body):
+            node = Node(worker, position)
+            index[node] = len(events)
+            name = f"{template.kind.value}{template.stage}"
+            seconds = costs.duration(template.kind, template.stage)
+            events.append(Event(name, seconds, node=node, sample=template.sample))
+    links: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for edge in dependencies(schedule):
+        if edge.relation is Relation.PROGRAM:
+            arcs.append(Arc(index[edge.source], index[edge.target], edge.tokens))
+        elif edge.is_message:
+            transfer = len(events)
+            events.append(_transfer(schedule, costs, edge))
+            arcs.append(Arc(index[edge.source], transfer, 0))
+            arcs.append(Arc(transfer, index[edge.target], edge.tokens, data=True))
+            links[edge.source.worker, edge.target.worker].append(transfer)
+    for transfers in links.values():
+        arcs.extend(_link_order(events, transfers))
+    _add_barriers(schedule, index, events, arcs)
+    return EventGraph(schedule, tuple(events), tuple(arcs))
+
+
+def check_stages(schedule: Schedule, costs: Costs) -> None:
+    """Check that costs and schedule speak of the same number of stages.
+
+    Raises:
+        ValueError: naming both numbers.
+
+    >>> from ddg_sim.costs import costs
+    >>> from ddg_sim.methods import ddg
+    >>> check_stages(ddg(2), costs(3))
+    Traceback (most recent call last):
+    ...
+    ValueError: costs are for 3 stages, but schedule 'ddg' has 2: give costs for 2 stages
+    """
+    if costs.num_stages != schedule.num_stages:
+        raise ValueError(
+            f"costs are for {costs.num_stages} stages, but schedule {schedule.method!r} has"
+            f" {schedule.num_stages}: give costs for {schedule.num_stages} stages"
+        )
+
+
+def _transfer(schedule: Schedule, costs: Costs, edge: Dependency) -> Event:
+    source = template_at(schedule, edge.source)
+    target = template_at(schedule, edge.consumer)
+    name = f"{edge.relation.value} {source.stage}→{target.stage}"
+    seconds = costs.transfer(edge.relation, source.stage, target.stage)
+    return Event(name, seconds, message=edge, sample=source.sample)
+
+
+def _link_order(events: list[Event], transfers: list[int]) -> list[Arc]:
+    """One transfer at a time, in the order of production, which repeats every iteration."""
+
+    def produced(transfer: int) -> int:
+        message = events[transfer].message
+        assert message is not None
+        return message.source.position
+
+    ordered = sorted(transfers, key=produced)
+    return [
+        Arc(before, ordered[(place + 1) % len(ordered)], int(place + 1 == len(ordered)))
+        for place, before in enumerate(ordered)
+    ]
+
+
+def _add_barriers(
+    schedule: Schedule, index: dict[Node, int], events: list[Event], arcs: list[Arc]
+) -> None:
+    meetings = [barrier_indices(schedule, worker) for worker in range(len(schedule.workers))]
+    for group in zip(*meetings, strict=True):
+        barrier = len(events)
+        events.append(Event("barrier", 0.0))
+        for worker, position in enumerate(group):
+            length = len(schedule.workers[worker])
+            after = index[Node(worker, (position + 1) % length)]
+            arcs.append(Arc(index[Node(worker, position)], barrier, 0))
+            arcs.append(Arc(barrier, after, int(position + 1 == length)))
+
+
+def retiming(graph: EventGraph) -> tuple[int, ...]:
+    """Per event the round r <= 0 relative to its iteration in which it can be computed.
+
+    With these, event e of iteration t needs only events of round t + r[e] or earlier, although
+    single arcs may carry negative tokens (Leiserson and Saxe 1991).
+
+    Raises:
+        ScheduleError: if a cycle carries too few tokens (a deadlock).
+
+    >>> from ddg_sim.costs import costs
+    >>> from ddg_sim.methods import ddg
+    >>> set(retiming(event_graph(ddg(3), costs(3))))
+    {0}
+    """
+    rounds = [0] * len(graph.events)
+    for _ in range(len(graph.events) + 1):
+        changed = False
+        for arc in graph.arcs:
+            reached = rounds[arc.target] + arc.tokens
+            if reached < rounds[arc.source]:
+                rounds[arc.source] = reached
+                changed = True
+        if not changed:
+            return tuple(rounds)
+    raise ScheduleError("deadlock: a cycle of operations carries fewer than no tokens")
+
+
+def existence(graph: EventGraph, iterations: int) -> list[range]:
+    """Per event the iterations in which its sample exists; a barrier lasts no time anyway.
+
+    >>> from ddg_sim.costs import costs
+    >>> from ddg_sim.methods import ddg
+    >>> existence(event_graph(ddg(2), costs(2)), iterations=5)[:2]
+    [range(0, 5), range(1, 6)]
+    """
+    m = graph.schedule.samples_per_iteration
+    lags = [-((event.sample or 0) // m) for event in graph.events]
+    return [range(lag, iterations + lag) for lag in lags]
+
+
+def unroll(
+    graph: EventGraph, iterations: int, drain: bool = True
+) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Walk a run: event, iteration, and the (event, iteration) pairs that it waits for.
+
+    Whatever an event waits for comes before it. Data is waited for only where it exists; program
+    order and barriers bind always.
+
+    Raises:
+        ScheduleError: if, without draining, something waits for what comes after the end.
+
+    >>> from ddg_sim.costs import costs
+    >>> from ddg_sim.methods import ddg
+    >>> for event, tick, waits in unroll(event_graph(ddg(1), costs(1)), iterations=2):
+    ...     print(event, tick, waits)
+    0 0 []
+    1 0 [(0, 0)]
+    2 0 [(1, 0)]
+    0 1 [(2, 0)]
+    1 1 [(0, 1)]
+    2 1 [(1, 1)]
+    """
+    ticks = graph.schedule.num_ticks(iterations, drain)
+    exists = existence(graph, iterations)
+    rounds = retiming(graph)
+    order: TopologicalSorter[int] = TopologicalSorter()
+    before: dict[int, list[tuple[int, int, range]]] = defaultdict(list)
+    for arc in graph.arcs:
+        binds = exists[arc.source] if arc.data else range(ticks)
+        before[arc.target].append((arc.source, arc.tokens, binds))
+        order.add(arc.target)
+        if arc.tokens + rounds[arc.target] == rounds[arc.source]:
+            order.add(arc.target, arc.source)
+    plan = [(event, rounds[event], before[event]) for event in order.static_order()]
+    for now in range(min(rounds), ticks + max(rounds)):
+        for event, ahead, waits in plan:
+            tick = now - ahead
+            if not 0 <= tick < ticks:
+                continue
+            found = [
+                (source, tick - tokens) for source, tokens, binds in waits if tick - tokens in binds
+            ]
+            late = [(source, then) for source, then in found if then >= ticks]
+            if late:
+                raise ScheduleError(
+                    f"deadlock: without draining, {graph.events[event].name} of iteration {tick}"
+                    f" waits for {graph.events[late[0][0]].name} of iteration {late[0][1]},"
+                    " after the end"
+                )
+            yield event, tick, found
+
+
+def state_ticks(graph: EventGraph) -> int:
+    """Consecutive iterations whose start times determine all that follow.
+
+    >>> from ddg_sim.costs import costs
+    >>> from ddg_sim.methods import ddg
+    >>> state_ticks(event_graph(ddg(3), costs(3)))
+    2
+    """
+    rounds = retiming(graph)
+    most = max(arc.tokens + rounds[arc.target] - rounds[arc.source] for arc in graph.arcs)
+    return most + 1 + max(rounds) - min(rounds)

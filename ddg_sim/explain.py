@@ -1,0 +1,126 @@
+"""Saying in words what bounds a schedule's period."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ddg_sim.dependencies import BACKWARDS, template_at
+from ddg_sim.eventgraph import Event
+from ddg_sim.schedule import OpKind, OpTemplate, Schedule
+
+WORDS = {
+    OpKind.FORWARD: "forward",
+    OpKind.RECOMPUTE: "recompute",
+    OpKind.BACKWARD: "backward",
+    OpKind.BACKWARD_INPUT: "input gradient",
+    OpKind.BACKWARD_WEIGHT: "weight gradient",
+    OpKind.UPDATE: "update",
+    OpKind.ALL_REDUCE: "all-reduce",
+}
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as a person would write them, to four digits.
+
+    >>> duration_text(12.0), duration_text(0.01234), duration_text(5e-6), duration_text(0.0)
+    ('12 s', '12.34 ms', '5 µs', '0 s')
+    """
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.4g} {unit}"
+    return f"{seconds / 1e-6:.4g} µs" if seconds else "0 s"
+
+
+def explain_cycle(schedule: Schedule, cycle: Sequence[Event], seconds: float, tokens: int) -> str:
+    """Say what a critical cycle is, with stages counted from 1.
+
+    Args:
+        schedule: the schedule it belongs to.
+        cycle: its events, in the order in which they wait for one another.
+        seconds: the sum of their durations.
+        tokens: iterations that the cycle spans.
+
+    >>> from ddg_sim.costs import costs
+    >>> from ddg_sim.eventgraph import event_graph
+    >>> from ddg_sim.methods import ddg
+    >>> own = event_graph(ddg(2), costs(2, update=0.5)).events[3:6]
+    >>> explain_cycle(ddg(2), own, 3.5, 1)
+    "stage 2's own forward + backward + update bounds you: 3.5 s per iteration"
+    """
+    transfers = sum(event.duration for event in cycle if event.message is not None)
+    total = _total(seconds, tokens, transfers)
+    templates = [template_at(schedule, event.node) for event in cycle if event.node is not None]
+    if not templates:
+        names = ", ".join(_one_based(event) for event in cycle)
+        return f"the link that carries {names} bounds you: {_total(seconds, tokens, 0.0)}"
+    if any(event.node is None and event.message is None for event in cycle):
+        parts = [_between_barriers(schedule, part) for part in _split(cycle)]
+        return f"{', then '.join(parts)} between barriers bounds you: {total}"
+    stages = sorted({template.stage for template in templates})
+    workers = {event.node.worker for event in cycle if event.node is not None}
+    if len(stages) == 1:
+        return f"stage {stages[0] + 1}'s own {_kinds(cycle, templates)} bounds you: {total}"
+    if len(workers) == 1:
+        held = ", ".join(str(stage + 1) for stage in stages)
+        return f"worker {workers.pop() + 1}'s own work on stages {held} bounds you: {total}"
+    way = f"from stage {stages[0] + 1} to stage {stages[-1] + 1}"
+    return f"the round trip {way} and back bounds you: {total}"
+
+
+def _total(seconds: float, tokens: int, transfers: float) -> str:
+    share = f", {duration_text(transfers)} of it in transfers" if transfers > 0 else ""
+    if tokens == 1:
+        return f"{duration_text(seconds)} per iteration{share}"
+    each = duration_text(seconds / tokens)
+    return f"{duration_text(seconds)} for {tokens} iterations, {each} each{share}"
+
+
+def _one_based(event: Event) -> str:
+    relation, _, ends = event.name.partition(" ")
+    source, _, target = ends.partition("→")
+    return f"the {relation}s from stage {int(source) + 1} to stage {int(target) + 1}"
+
+
+def _kinds(cycle: Sequence[Event], templates: Sequence[OpTemplate]) -> str:
+    operations = [event for event in cycle if event.node is not None]
+    words: list[str] = []
+    for event, template in zip(operations, templates, strict=True):
+        word = WORDS[template.kind]
+        if event.duration > 0 and word not in words:
+            words.append(word)
+    return " + ".join(words) or "program"
+
+
+def _split(cycle: Sequence[Event]) -> list[list[Event]]:
+    """The stretches of a cycle between its barriers, from the first barrier on."""
+    first = next(i for i, event in enumerate(cycle) if event.node is None and not event.message)
+    parts: list[list[Event]] = []
+    for event in (*cycle[first:], *cycle[:first]):
+        if event.node is None and event.message is None:
+            parts.append([])
+        else:
+            parts[-1].append(event)
+
+    def order(part: list[Event]) -> int:
+        return 0 if part and part[0].name.startswith("F") else 1
+
+    return sorted((part for part in parts if part), key=order)  # forwards come first in prose
+
+
+def _between_barriers(schedule: Schedule, part: Sequence[Event]) -> str:
+    templates = [template_at(schedule, event.node) for event in part if event.node is not None]
+    stages = [template.stage for template in templates]
+    kinds = _kinds(part, templates)
+    ends = f"stages {stages[0] + 1} to {stages[-1] + 1}"
+    if all(template.kind is OpKind.FORWARD for template in templates):
+        if len(set(stages)) == schedule.num_stages:
+            return "all forwards" if len(stages) > 1 else "the forward"
+        return (
+            f"the slowest forward (stage {stages[0] + 1})"
+            if len(stages) == 1
+            else (f"the forwards of {ends}")
+        )
+    if len(set(stages)) == 1:
+        slowest = any(template.kind in BACKWARDS for template in templates)
+        return f"the {'slowest ' if slowest else ''}{kinds} (stage {stages[0] + 1})"
+    return f"the {kinds} of {ends}"

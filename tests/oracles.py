@@ -1,0 +1,141 @@
+"""Training by the papers' formulas, on the whole model: independent of schedules and executors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ddg_gpu.stage import seeded
+
+Weights = list[dict[str, Tensor]]  # per stage
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Toy:
+    """Random images with labels: sample s is a mini-batch that depends on s alone."""
+
+    def __init__(self, size: int = 6, shape: tuple[int, ...] = (2, 6, 6), classes: int = 3) -> None:
+        self.size, self.shape, self.classes = size, shape, classes
+
+    def inputs(self, sample: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 + sample)
+        return torch.randn(self.size, *self.shape, generator=generator)
+
+    def targets(self, sample: int) -> Tensor:
+        generator = torch.Generator().manual_seed(2000 + sample)
+        return torch.randint(self.classes, (self.size,), generator=generator)
+
+
+def toy_layers(seed: int = 0) -> list[nn.Module]:
+    """Convolutions, batch norm, dropout, linear: whatever could go wrong when it is delayed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return [
+            nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.3)),
+            nn.Sequential(nn.Conv2d(4, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU()),
+            nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(72, 3)),
+        ]
+
+
+def toy_stages(num_stages: int, seed: int = 0) -> list[nn.Module]:
+    layers = toy_layers(seed)
+    bounds = [round(len(layers) * k / num_stages) for k in range(num_stages + 1)]
+    return [
+        nn.Sequential(*layers[left:right])
+        for left, right in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def snapshot(stages: Sequence[nn.Module]) -> Weights:
+    return [
+        {name: p.detach().clone().requires_grad_() for name, p in stage.named_parameters()}
+        for stage in stages
+    ]
+
+
+def whole_model_loss(
+    stages: Sequence[nn.Module], weights: Weights, data: Toy, sample: int, seed: int
+) -> Tensor:
+    """Loss of a sample at these weights; buffers (batch norm) of the stages move once."""
+    value = data.inputs(sample)
+    for k, stage in enumerate(stages):
+        with seeded(seed, k, sample):
+            value = functional_call(stage, weights[k], (value,))
+    return nn.functional.cross_entropy(value, data.targets(sample))
+
+
+def delayed_training(
+    stages: Sequence[nn.Module],
+    optimizers: MakeOptimizer,
+    data: Toy,
+    iterations: int,
+    delays: Sequence[int],
+    seed: int = 0,
+) -> list[float]:
+    """w_k^{t+1} = step(w_k^t, ∇_k f_{t-d_k}(w^{t-d_k})), whole-model autograd at w^{t-d_k}.
+
+    Nothing is applied while t < d_k; the run ends when every stage has used every sample.
+    """
+    steps = [optimizers(list(stage.parameters())) for stage in stages]
+    gradients: dict[int, Weights] = {}
+    losses = []
+    for t in range(iterations + max(delays)):
+        if t < iterations:
+            weights = snapshot(stages)
+            loss = whole_model_loss(stages, weights, data, t, seed)
+            losses.append(loss.item())
+            flat = [tensor for stage in weights for tensor in stage.values()]
+            found = iter(torch.autograd.grad(loss, flat))
+            gradients[t] = [{name: next(found) for name in stage} for stage in weights]
+        for k, stage in enumerate(stages):
+            sample = t - delays[k]
+            if 0 <= sample < iterations:
+                for name, parameter in stage.named_parameters():
+                    parameter.grad = gradients[sample][k][name]
+                steps[k].step()
+    return losses
+
+
+def current_weights_chain(
+    layers: Sequence[Tensor],
+    data: Toy,
+    iterations: int,
+    delays: Sequence[int],
+    rate: float,
+    replay: bool,
+) -> list[Tensor]:
+    """Linear-tanh stages h_k = tanh(h_{k-1} W_k), loss ½‖h_K‖²/B, differentiated by hand.
+
+    ``replay`` False is the reading "current": activations of the old forward pass, weights of
+    now. ``replay`` True recomputes the activations of the stage from its old input, with the
+    weights of now.
+    """
+    weights = [layer.clone() for layer in layers]
+    count = len(weights)
+    stored: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (stage, sample) -> (input, output)
+    errors: dict[tuple[int, int], Tensor] = {}
+    for t in range(iterations + max(delays)):
+        if t < iterations:
+            value = data.inputs(t).flatten(1)
+            for k in range(count):
+                output = torch.tanh(value @ weights[k])
+                stored[k, t] = (value, output)
+                value = output
+        updates = []
+        for k in range(count):
+            sample = t - delays[k]
+            if 0 <= sample < iterations:
+                inputs, output = stored.pop((k, sample))
+                if replay:
+                    output = torch.tanh(inputs @ weights[k])
+                error = output / len(output) if k == count - 1 else errors.pop((k, sample))
+                inner = error * (1 - output**2)
+                updates.append((k, sample, inputs.T @ inner, inner @ weights[k].T))
+        for k, sample, gradient, error in updates:
+            weights[k] = weights[k] - rate * gradient
+            errors[k - 1, sample] = error
+    return weights
