@@ -156,3 +156,20 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def check_profile(profile: Profile, job: Job) -> None:
+    """Check that a profile is of what is going to run.
+
+    Raises:
+        ValueError: naming the first thing that differs.
+    """
+    wanted = {"model": job.model, "batch_size": job.batch_size, "stages": job.stages}
+    found = {
+        "model": profile.model,
+        "batch_size": profile.batch_size,
+        "stages": len(profile.stages),
+    }
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise ValueError(f"{name} is {value}, but the profile is of {name} {found[name]}")

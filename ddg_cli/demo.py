@@ -1,0 +1,90 @@
+"""`ddg demo`: the whole loop on real data: profile, predict, train, compare, verify."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ddg_cli import training
+from ddg_cli.output import print_json, print_line, progress_bar
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the report.")] = Path(
+        "ddg-demo"
+    ),
+    model: training.Model = "resnet8",
+    iterations: Annotated[int, typer.Option(help="Mini-batches per method.")] = 150,
+    batch_size: training.BatchSize = 128,
+    json: training.Json = False,
+) -> None:
+    """Predict, train and compare backpropagation and DDG with 2 processes on digits."""
+    from ddg_gpu.job import Job
+    from ddg_gpu.plot import loss_curves
+    from ddg_gpu.profile import measure
+    from ddg_gpu.validate import compare
+    from ddg_sim.files import replacing
+    from ddg_sim.methods import ddg
+    from theory.check import check
+    from theory.problems import make
+
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: is a file, give a folder")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"--output {output}: the folder {output.parent} does not exist")
+    job = Job("bp", 2, model, iterations=iterations, batch_size=batch_size)
+    dataset = training.load_data("digits", job)
+    warnings = training.core_warnings(job)
+    with progress_bar("profile") as progress:
+        profile = measure(job, dataset, progress=progress)
+    methods = ["bp", "ddg/barrier", "ddg/none"]
+    with progress_bar("train") as progress:
+        found = compare(
+            job,
+            methods,
+            profile,
+            dataset,
+            progress=lambda name, done, total: progress(
+                methods.index(name) * total + done, len(methods) * total
+            ),
+        )
+    checked = check("theorem-a", make("rotation-chain", 2), ddg(2), gamma=0.05, iterations=10)
+
+    output.mkdir(exist_ok=True)
+    profile.write(output / "profile.json")
+    training.write_pictures(found, output / "trace.json", output / "timelines.png")
+    loss_curves(
+        {item.name: (item.run.losses, item.measured_period) for item in found},
+        output / "losses.png",
+    )
+    result: dict[str, Any] = {
+        "model": model,
+        "data": dataset.name,
+        "methods": training.comparison_rows(found),
+        "verified": {
+            "statement": checked.statement,
+            "problem": checked.problem,
+            "measured": checked.measured,
+            "bound": checked.bound,
+            "verdict": checked.verdict.value,
+            "paths": checked.paths,
+        },
+        "warnings": warnings,
+    }
+    with replacing(output / "result.json") as temporary:
+        temporary.write_text(json_format.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if json:
+        print_json({**result, "report": str(output)})
+        return
+    training.print_profile(profile)
+    training.print_comparison(found)
+    print_line(
+        f"{checked.statement} on {checked.problem}: average ‖∇f‖² {checked.measured:.4g}"
+        f" ≤ {checked.bound:.4g}, {checked.verdict.value} over all {checked.paths} sample paths"
+    )
+    print_line(
+        f"report in {output}: result.json, profile.json, trace.json, timelines.png, losses.png"
+    )

@@ -1,0 +1,165 @@
+"""What every command shares: numbers in, tables, JSON and progress bars out."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def numbers(option: str, text: str) -> float | tuple[float, ...]:
+    """Parse ``1`` or ``1,2,3``: one number for all, or one each.
+
+    Raises:
+        ValueError: naming the option and the part that is no number.
+
+    >>> numbers("--forward", "1,2.5")
+    (1.0, 2.5)
+    """
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            raise ValueError(f"{option} {text!r}: {part.strip()!r} is not a number") from None
+    return tuple(found) if len(found) > 1 else found[0]
+
+
+def integers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Parse ``2,5`` to integers; None stays None.
+
+    Raises:
+        ValueError: naming the option and its value.
+
+    >>> integers("--cuts", "2,5")
+    (2, 5)
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"{option} must be integers such as 2,5, got {text!r}") from None
+
+
+def output_path(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> Path | None:
+    """Check, before any work is done, that a result can be written there; None stays None.
+
+    Raises:
+        ValueError: naming the option and the path.
+    """
+    if path is None:
+        return None
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: is a folder, give a file")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"{option} {path}: must end in {' or '.join(suffixes)}")
+    return path
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """Print one JSON object on stdout; what is no finite number becomes null."""
+    print(json.dumps(_finite(result), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool = True
+) -> None:
+    """Print a table on stdout.
+
+    Args:
+        title: what the table shows.
+        columns: headings; if all are empty, none are shown.
+        rows: cells, as text.
+        numeric: whether the columns after the first are numbers, which are aligned right.
+    """
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place and numeric else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))  # a formula's brackets are no markup
+    console().print(table)
+
+
+def print_line(text: str) -> None:
+    """Print a line of text on stdout, as it is."""
+    console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def console() -> Console:
+    """Where results go; wide enough for tables where the output is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=110)
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr."""
+    ERRORS.print(f"ddg: warning: {text}", markup=False, style="yellow")
+
+
+def seconds(value: float) -> str:
+    """Format seconds with a unit that fits.
+
+    >>> seconds(0.01234), seconds(3), seconds(4.2e-5)
+    ('12.3 ms', '3 s', '42 µs')
+    """
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.3g} s"
+
+
+def times(value: float | None) -> str:
+    """Format a speedup.
+
+    >>> times(1.946), times(None)
+    ('1.95×', '–')
+    """
+    return "–" if value is None else f"{value:.2f}×"
+
+
+def percent(value: float) -> str:
+    """Format a fraction.
+
+    >>> percent(0.123)
+    '12.3 %'
+    """
+    return f"{100 * value:.1f} %"
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr if that is a terminal; gives a function (done, total)."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=ERRORS,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,132 @@
+"""`ddg simulate`: what a schedule costs, from given or measured times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddg_cli.output import (
+    numbers,
+    output_path,
+    percent,
+    print_json,
+    print_line,
+    print_table,
+    seconds,
+    times,
+)
+
+
+def simulate(
+    method: Annotated[str, typer.Argument(help="Training method: bp or ddg.")],
+    stages: Annotated[int, typer.Option(help="Number of stages K.")],
+    forward: Annotated[
+        str | None, typer.Option(help="Seconds per stage: 1 for all, or 1,2,… [default: 1]")
+    ] = None,
+    backward: Annotated[
+        str | None, typer.Option(help="Seconds per stage: 2 for all, or 1,2,… [default: 2]")
+    ] = None,
+    update: Annotated[
+        str | None, typer.Option(help="Seconds per stage: one for all, or a list. [default: 0]")
+    ] = None,
+    comm: Annotated[
+        str | None,
+        typer.Option(help="Seconds per message: one for all, or a list of K-1 links. [default: 0]"),
+    ] = None,
+    sync: Annotated[
+        str | None, typer.Option(help="Synchronisation of ddg: none, barrier or mailbox.")
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="Iterations of the timeline. [default: 100, or 4 K]")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Take the times from a file of 'ddg profile'.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="des: SimPy plays the run. cycle: exact max-plus evaluation.")
+    ] = "des",
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a Chrome trace, which Perfetto opens.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a Gantt chart (.png or .svg).")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Predict period, speedup, utilisation, staleness and memory of a training method."""
+    from ddg_sim import methods
+    from ddg_sim.costs import Costs, costs
+    from ddg_sim.predict import predict
+    from ddg_sim.profile import read
+    from ddg_sim.schedule import Sync
+
+    output_path("--trace", trace)
+    output_path("--plot", plot, (".png", ".svg"))
+    modes = {mode.value: mode for mode in Sync}
+    if sync is not None and sync not in modes:
+        raise ValueError(f"unknown --sync {sync!r}; known: {', '.join(modes)}")
+    schedule = methods.method(method, stages, modes[sync] if sync else None)
+    given = {"forward": forward, "backward": backward, "update": update, "comm": comm}
+    chosen = {name: numbers(f"--{name}", text) for name, text in given.items() if text is not None}
+    table: Costs
+    if profile is not None:
+        if chosen:
+            raise ValueError(f"--{next(iter(chosen))} and --profile exclude each other")
+        table = read(profile).costs()
+        if table.num_stages != stages:
+            raise ValueError(
+                f"--stages {stages}: the profile {profile} has {table.num_stages} stages"
+            )
+    else:
+        table = costs(stages, **chosen)
+    if iterations is None:
+        iterations = max(100, 4 * stages)
+    found = predict(schedule, table, iterations, engine)
+    if trace is not None:
+        from ddg_sim.trace import write_trace
+
+        write_trace(trace, {f"{method} (predicted)": found.timeline})
+    if plot is not None:
+        from ddg_sim.plot import gantt
+
+        first = schedule.num_ticks(0)
+        shown = (0, min(iterations - 1, first + 5))
+        gantt({f"{method}, {stages} stages, predicted": found.timeline}, plot, shown)
+    if json:
+        print_json(
+            {
+                "method": method,
+                "stages": stages,
+                "sync": schedule.sync.value,
+                "engine": engine,
+                "iterations": iterations,
+                "period": found.period,
+                "speedup_over_bp": found.speedup_over_bp,
+                "makespan": found.timeline.makespan,
+                "utilisation": found.utilisation,
+                "bubble": found.bubble,
+                "staleness": found.staleness,
+                "peak_activations": [stage.activations for stage in found.memory],
+                "weight_versions": [stage.weight_versions for stage in found.memory],
+                "critical_cycle": found.cycle.critical_cycle,
+                "bound_by": found.cycle.explain(),
+            }
+        )
+        return
+    print_table(
+        f"{method} on {stages} stage{'s' if stages > 1 else ''}, sync {schedule.sync.value}",
+        ["stage", "utilisation", "staleness", "peak activations", "weight versions"],
+        [
+            [str(k + 1), percent(busy), str(old), str(held.activations), str(held.weight_versions)]
+            for k, (busy, old, held) in enumerate(
+                zip(found.utilisation, found.staleness, found.memory, strict=True)
+            )
+        ],
+    )
+    speedup = times(found.speedup_over_bp)
+    print_line(f"period {seconds(found.period)} per iteration, {speedup} over backpropagation")
+    print_line(f"makespan {seconds(found.timeline.makespan)} for {iterations} iterations")
+    print_line(found.cycle.explain())
+    for path in (trace, plot):
+        if path is not None:
+            print_line(f"wrote {path}")

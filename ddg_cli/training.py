@@ -1,0 +1,417 @@
+"""`ddg profile`, `ddg train`, `ddg validate`: measure, run, and compare with the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ddg_cli.output import (
+    integers,
+    output_path,
+    percent,
+    print_json,
+    print_line,
+    print_table,
+    progress_bar,
+    seconds,
+    times,
+    warn,
+)
+
+if TYPE_CHECKING:  # torch loads in seconds; commands that do not train must not wait for it
+    from ddg_gpu.data import Dataset
+    from ddg_gpu.job import Job
+    from ddg_gpu.validate import Comparison
+
+Model = Annotated[str, typer.Option(help="Network: mlp, resnet8, resnet20, resnet56 or resnet110.")]
+Data = Annotated[str, typer.Option(help="digits, or the path of CIFAR-10 or a folder of images.")]
+Stages = Annotated[int, typer.Option(help="Number of stages K.")]
+BatchSize = Annotated[int, typer.Option(help="Examples per mini-batch.")]
+Seed = Annotated[int, typer.Option(help="Of weights, data order, augmentation and dropout.")]
+Cuts = Annotated[
+    str | None, typer.Option(help="First layer of stages 2..K, such as 3,6. [default: balanced]")
+]
+Optimizer = Annotated[str, typer.Option(help="sgd (with momentum) or adam.")]
+Rate = Annotated[float | None, typer.Option(help="Default: 0.05 for sgd, 0.001 for adam.")]
+Timeout = Annotated[float, typer.Option(help="Seconds that a worker waits for another.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+def profile(
+    model: Model,
+    stages: Stages,
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
+    batch_size: BatchSize = 64,
+    data: Data = "digits",
+    iterations: Annotated[int, typer.Option(help="Mini-batches to time.")] = 20,
+    cuts: Cuts = None,
+    json: Json = False,
+) -> None:
+    """Measure forward, backward, update and transfer times of a network cut into stages."""
+    from ddg_gpu.job import Job
+    from ddg_gpu.profile import measure
+
+    output_path("--output", output)
+    job = Job(
+        "bp",
+        stages,
+        model,
+        iterations=1,
+        batch_size=batch_size,
+        cuts=integers("--cuts", cuts),
+    )
+    dataset = load_data(data, job)
+    with progress_bar("profile") as progress:
+        found = measure(job, dataset, iterations, progress)
+    found.write(output)
+    if json:
+        print_json({"output": str(output), **found.model_dump()})
+        return
+    print_profile(found)
+    print_line(f"wrote {output}")
+
+
+def print_profile(found: Any) -> None:
+    """Print a profile as a table."""
+    print_table(
+        f"{found.model} on {found.data}, batch {found.batch_size}, one {found.device} thread",
+        ["stage", "layers", "forward", "backward", "update", "message", "transfer", "parameters"],
+        [
+            [
+                str(k + 1),
+                str(len(stage.layers)),
+                seconds(stage.forward),
+                seconds(stage.backward),
+                seconds(stage.update),
+                f"{stage.output_bytes / 1e3:,.0f} kB" if link else "–",
+                seconds(link.activation) if link else "–",
+                f"{stage.parameter_bytes / 4:,.0f}",
+            ]
+            for k, stage in enumerate(found.stages)
+            for link in [found.links[k] if k < len(found.links) else None]
+        ],
+    )
+
+
+def train(
+    method: Annotated[str, typer.Argument(help="Training method: bp or ddg.")],
+    stages: Stages,
+    model: Model,
+    executor: Annotated[
+        str, typer.Option(help="serial: this process. distributed: a process per stage.")
+    ] = "serial",
+    data: Data = "digits",
+    iterations: Annotated[int | None, typer.Option(help="Mini-batches to train on.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Or passes over the data.")] = None,
+    sync: Annotated[
+        str | None, typer.Option(help="Synchronisation of ddg: none, barrier or mailbox.")
+    ] = None,
+    semantics: Annotated[
+        str, typer.Option(help="Weights of the delayed backward: stash, current or replay.")
+    ] = "stash",
+    optimizer: Optimizer = "sgd",
+    learning_rate: Rate = None,
+    momentum: Annotated[float, typer.Option(help="Of sgd.")] = 0.9,
+    weight_decay: Annotated[float, typer.Option(help="Coefficient of the L2 penalty.")] = 5e-4,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    cuts: Cuts = None,
+    save: Annotated[Path | None, typer.Option(help="Write the trained weights.")] = None,
+    load: Annotated[Path | None, typer.Option(help="Start from weights of --save.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the measured Chrome trace.")] = None,
+    timeout: Timeout = 120.0,
+    port: Annotated[
+        int | None,
+        typer.Option(envvar="DDG_PORT", help="TCP port of the workers. [default: a free one]"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Train a network by a schedule; the weights do not depend on executor or synchronisation."""
+    from ddg_gpu import checkpoint
+    from ddg_gpu.job import Job
+    from ddg_gpu.train import train as run_training
+    from ddg_sim.methods import Semantics
+    from ddg_sim.schedule import Sync
+
+    output_path("--save", save)
+    output_path("--trace", trace)
+    job = Job(
+        method,
+        stages,
+        model,
+        iterations=iterations,
+        epochs=epochs,
+        sync=choice("--sync", sync, Sync),
+        semantics=choice("--semantics", semantics, Semantics),
+        batch_size=batch_size,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        seed=seed,
+        cuts=integers("--cuts", cuts),
+        load=load,
+    )
+    dataset = load_data(data, job)
+    warnings = core_warnings(job) if executor == "distributed" else []
+    with progress_bar("train") as progress:
+        run = run_training(job, dataset, executor, timeout=timeout, port=port, progress=progress)
+    if run is None:  # another rank under torchrun reports
+        return
+    if save is not None:
+        checkpoint.save(run.model, save, {"method": method, "model": model, "data": dataset.name})
+    if trace is not None:
+        from ddg_sim.trace import write_trace
+
+        write_trace(trace, {f"{method} (measured)": run.timeline})
+    schedule = job.schedule()
+    result = {
+        "method": method,
+        "stages": stages,
+        "sync": schedule.sync.value,
+        "semantics": semantics,
+        "executor": executor,
+        "model": model,
+        "data": dataset.name,
+        "data_note": dataset.note,
+        "cuts": list(run.cuts),
+        "iterations": len(run.losses),
+        "loss_first": run.losses[0],
+        "loss_last": run.losses[-1],
+        "test_accuracy": run.test_accuracy,
+        "period": run.timeline.period,
+        "weights_sha256": run.weights_sha256,
+        "warnings": warnings,
+    }
+    if json:
+        print_json(result)
+        return
+    note = f" ({dataset.note})" if dataset.note else ""
+    print_table(
+        f"{method} on {stages} stage{'s' if stages > 1 else ''}, {executor}, {model}",
+        ["", ""],
+        [
+            ["iterations", str(len(run.losses))],
+            ["loss of the first, last mini-batch", f"{run.losses[0]:.4f}, {run.losses[-1]:.4f}"],
+            [f"test accuracy{note}", percent(run.test_accuracy)],
+            ["period", seconds(run.timeline.period)],
+            ["layers start new stages at", ", ".join(map(str, run.cuts)) or "–"],
+        ],
+    )
+    print_line(f"weights sha256 {run.weights_sha256}")
+    for path in (save, trace):
+        if path is not None:
+            print_line(f"wrote {path}")
+
+
+def validate(
+    model: Model,
+    stages: Stages = 2,
+    methods: Annotated[
+        str, typer.Option(help="METHOD or METHOD/SYNC, such as bp,ddg/barrier,ddg/none.")
+    ] = "bp,ddg/barrier,ddg/none",
+    data: Data = "digits",
+    iterations: Annotated[int, typer.Option(help="Mini-batches per method.")] = 60,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    cuts: Cuts = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Use a file of 'ddg profile' instead of measuring.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write predicted and measured timelines as one trace.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw predicted above measured timelines (.png or .svg).")
+    ] = None,
+    timeout: Timeout = 120.0,
+    json: Json = False,
+) -> None:
+    """Profile, predict, run and compare: is the prediction true on this machine?"""
+    from ddg_gpu.job import Job
+    from ddg_gpu.profile import measure
+    from ddg_gpu.validate import check_profile, compare, parse_method
+    from ddg_sim import profile as profiles
+
+    output_path("--trace", trace)
+    output_path("--plot", plot, (".png", ".svg"))
+    names = split_methods(methods)
+    for name in names:
+        parse_method(name)
+    job = Job(
+        "bp",
+        stages,
+        model,
+        iterations=iterations,
+        batch_size=batch_size,
+        seed=seed,
+        cuts=integers("--cuts", cuts),
+    )
+    known = None
+    if profile is not None:
+        known = profiles.read(profile)
+        check_profile(known, job)
+    dataset = load_data(data, job)
+    warnings = core_warnings(job)
+    if known is None:
+        with progress_bar("profile") as progress:
+            known = measure(job, dataset, progress=progress)
+    with progress_bar("") as progress:
+        found = compare(
+            job,
+            names,
+            known,
+            dataset,
+            timeout=timeout,
+            progress=lambda name, done, total: progress(done, total),
+        )
+    write_pictures(found, trace, plot)
+    if json:
+        print_json(
+            {
+                "methods": comparison_rows(found),
+                "profile": known.model_dump(),
+                "timelines": {
+                    item.name: {
+                        "predicted": spans(item.predicted),
+                        "measured": spans(item.run.timeline),
+                    }
+                    for item in found
+                },
+                "warnings": warnings,
+            }
+        )
+        return
+    print_profile(known)
+    print_comparison(found)
+    for path in (trace, plot):
+        if path is not None:
+            print_line(f"wrote {path}")
+
+
+def split_methods(text: str) -> list[str]:
+    """Split a comma-separated list of methods.
+
+    Raises:
+        ValueError: if it is empty or repeats one.
+
+    >>> split_methods("bp, ddg/none")
+    ['bp', 'ddg/none']
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"--methods must list different methods, got {text!r}")
+    return names
+
+
+def choice(option: str, text: str | None, kind: Any) -> Any:
+    """The member of an enumeration that an option names; None stays None.
+
+    Raises:
+        ValueError: naming the option, its value and the known ones.
+
+    >>> from ddg_sim.schedule import Sync
+    >>> choice("--sync", "none", Sync)
+    <Sync.NONE: 'none'>
+    """
+    if text is None:
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        known = ", ".join(member.value for member in kind)
+        raise ValueError(f"unknown {option} {text!r}; known: {known}") from None
+
+
+def load_data(source: str, job: Job) -> Dataset:
+    """Load the data, after checking whatever of the job can be checked without it."""
+    from ddg_gpu import data, models
+
+    job.schedule()
+    if job.model not in models.MODELS:
+        known = ", ".join(models.MODELS)
+        raise ValueError(f"unknown --model {job.model!r}; known models: {known}")
+    with progress_bar("load data") as progress:
+        return data.load(source, progress=progress)
+
+
+def core_warnings(job: Job) -> list[str]:
+    """Warn if there are fewer cores than processes; gives the warnings for the JSON object."""
+    from ddg_gpu.validate import too_few_cores
+
+    warning = too_few_cores(job.stages)
+    if warning is None:
+        return []
+    warn(warning)
+    return [warning]
+
+
+def comparison_rows(found: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
+    """Per method the predicted and measured figures, as JSON values."""
+    from ddg_gpu.validate import speedups
+
+    predicted = speedups({item.name: item.predicted_period for item in found})
+    measured = speedups({item.name: item.measured_period for item in found})
+    return {
+        item.name: {
+            "predicted_period": item.predicted_period,
+            "measured_period": item.measured_period,
+            "error": item.error,
+            "predicted_speedup": predicted[item.name],
+            "measured_speedup": measured[item.name],
+            "bound_by": item.bound_by,
+            "test_accuracy": item.run.test_accuracy,
+            "loss_last": item.run.losses[-1],
+            "weights_sha256": item.run.weights_sha256,
+        }
+        for item in found
+    }
+
+
+def print_comparison(found: Sequence[Comparison]) -> None:
+    """Print predicted beside measured, and what bounds each method."""
+    print_table(
+        "Predicted and measured",
+        ["method", "predicted", "measured", "error", "predicted speedup", "measured speedup"],
+        [
+            [
+                name,
+                seconds(row["predicted_period"]),
+                seconds(row["measured_period"]),
+                f"{100 * row['error']:+.1f} %",
+                times(row["predicted_speedup"]),
+                times(row["measured_speedup"]),
+            ]
+            for name, row in comparison_rows(found).items()
+        ],
+    )
+    for item in found:
+        print_line(f"{item.name}: {item.bound_by}")
+
+
+def spans(timeline: Any) -> list[dict[str, Any]]:
+    """A timeline's spans as JSON values; seconds."""
+    return [
+        {"lane": span.lane, "label": span.label, "start": span.start, "end": span.end}
+        for span in timeline.spans
+    ]
+
+
+def write_pictures(found: Sequence[Comparison], trace: Path | None, plot: Path | None) -> None:
+    """Write the timelines of all methods as one trace, and as one Gantt chart."""
+    both = {}
+    for item in found:
+        both[f"{item.name}, predicted"] = item.predicted
+        both[f"{item.name}, measured"] = item.run.timeline
+    if trace is not None:
+        from ddg_sim.trace import write_trace
+
+        write_trace(trace, both)
+    if plot is not None:
+        from ddg_sim.plot import gantt
+
+        middle = found[0].predicted.iterations // 2
+        gantt(both, plot, (middle, middle + 3))
