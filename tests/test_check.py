@@ -245,6 +245,24 @@ def test_nonvacuous_bounds_exist_and_are_recognised():
     assert not check("theorem1", make("kuramoto", 3), ddg(3), 0.5, 8).nonvacuous
 
 
+def test_a_bound_above_the_starting_gradients_is_vacuous():
+    # Close to the minimum 2 L gap is below M; a bound in between says nothing about G_t.
+    problem = NoisyQuadratic(1, w_1=0.01, M=1.0)
+    report = check("theorem-a", problem, ddg(1), gamma=0.5, iterations=4)
+    assert 2 * problem.L * 0.5 * 0.01**2 < report.bound < problem.M
+    assert not report.nonvacuous
+
+
+def test_theorem2_weighs_the_ticks_with_their_step_sizes():
+    problem = make("kuramoto", 2)
+    gammas = 0.5 / (1 + np.arange(5))
+    squares = mean_squared_gradients(ddg(2), problem, gammas)
+    weighted = (gammas @ squares) / gammas.sum()
+    assert abs(weighted - squares.mean()) > 0.01
+    report = check("theorem2", problem, ddg(2), gamma=0.5, iterations=5)
+    assert report.measured == pytest.approx(weighted, rel=1e-12)
+
+
 def test_large_steps_are_outside_theorem1_but_not_theorem_a():
     problem = make("kuramoto", 2)
     report = check("theorem1", problem, ddg(2), gamma=2.0, iterations=4)
