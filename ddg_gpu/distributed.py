@@ -6,7 +6,7 @@ A run is started from here (processes on this machine) or by torchrun.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import partial
@@ -17,11 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddg_gpu.data import Batches, Dataset
-from ddg_gpu.execute import Record, work
+from ddg_gpu.execute import Record, Samples, work
 from ddg_gpu.job import Job, make_stage, message_shape, network, num_iterations
 from ddg_gpu.processes import Progress, Report, run_together
+from ddg_gpu.stage import Stage
 from ddg_gpu.transport import GlooTransport
-from ddg_sim.lowering import channels, instructions
+from ddg_sim.lowering import Message, channels, instructions
+from ddg_sim.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +61,14 @@ def run_worker(
     schedule = job.schedule()
     parts = network(job, dataset)
     batches = Batches(dataset, job.batch_size, job.seed)
-    iterations = num_iterations(job, batches)
     stages = {
         index: make_stage(job, schedule, module, index)
         for index, module in enumerate(parts.modules)
         if schedule.worker_of(index) == rank
     }
-    transport = GlooTransport(
-        schedule,
-        instructions(schedule, rank, iterations),
-        {
-            (channel.relation, channel.target): channel.slots
-            for channel in channels(schedule)
-            if channel.dependency.target.worker == rank
-        },
-        message_shape(parts.boundaries, batches),
-        timeout,
-    )
-    record = Record()
-    dist.barrier()  # start together, so that loading is not mistaken for waiting
-    program = instructions(schedule, rank, iterations)
-    for _ in work(program, stages, transport, batches, record, on_sample):
-        raise RuntimeError("a worker in a process of its own has nobody to take turns with")
-    transport.close()
+    shape = message_shape(parts.boundaries, batches)
+    iterations = num_iterations(job, batches)
+    record = run_stages(schedule, rank, stages, batches, shape, iterations, timeout, on_sample)
     weights = {
         name: tensor
         for index, stage in stages.items()
@@ -93,6 +80,47 @@ def run_worker(
     return WorkerOutcome(
         weights, losses, [(str(op), start, end) for op, start, end in record.spans]
     )
+
+
+def run_stages(
+    schedule: Schedule,
+    rank: int,
+    stages: Mapping[int, Stage],
+    samples: Samples,
+    shape: Callable[[Message], torch.Size],
+    iterations: int,
+    timeout: float,
+    on_sample: Callable[[int], None] = lambda sample: None,
+) -> Record:
+    """Execute one worker's program in this process, until all samples are used everywhere.
+
+    Args:
+        schedule: what to run; the process group has one rank per worker of it.
+        rank: index of this worker.
+        stages: the stages it holds, by index; their weights are trained in place.
+        samples: the data; sample s must be the same in every process.
+        shape: shape of a message's tensor.
+        iterations: iterations of samples that are fed.
+        timeout: seconds that any wait for another worker may last.
+        on_sample: called with each sample that the last stage has finished.
+
+    Raises:
+        PeerLostError: if another worker is gone, or does not answer in time.
+    """
+    slots = {
+        (channel.relation, channel.target): channel.slots
+        for channel in channels(schedule)
+        if channel.dependency.target.worker == rank
+    }
+    program = instructions(schedule, rank, iterations)
+    transport = GlooTransport(schedule, program, slots, shape, timeout)
+    record = Record()
+    dist.barrier()  # start together, so that loading is not mistaken for waiting
+    program = instructions(schedule, rank, iterations)
+    for _ in work(program, stages, transport, samples, record, on_sample):
+        raise RuntimeError("a worker in a process of its own has nobody to take turns with")
+    transport.close()
+    return record
 
 
 def _whole_model_names(state: dict[str, Tensor], first_layer: int) -> dict[str, Tensor]:

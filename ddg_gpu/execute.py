@@ -17,7 +17,7 @@ from ddg_gpu.stage import Stage
 from ddg_sim.dependencies import Relation
 from ddg_sim.lowering import Barrier, Instruction, Message, Receive, Send, instructions
 from ddg_sim.schedule import Op, OpKind, Schedule, ScheduleError
-from ddg_sim.timeline import Span, Timeline
+from ddg_sim.timeline import Timeline, op_span, worker_lane
 
 
 class Samples(Protocol):
@@ -212,8 +212,8 @@ def timeline(
         schedule,
         iterations,
         tuple(
-            Span(f"stage {op.stage}", str(op), start - origin, end - origin, op, None)
-            for spans in workers
+            op_span(worker_lane(schedule, worker), op, start - origin, end - origin)
+            for worker, spans in enumerate(workers)
             for op, start, end in spans
         ),
     )

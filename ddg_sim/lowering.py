@@ -18,6 +18,7 @@ from ddg_sim.dependencies import (
     barrier_indices,
     dependencies,
     template_at,
+    validate,
 )
 from ddg_sim.rings import ring_slots
 from ddg_sim.schedule import Jacobian, Op, OpKind, Rule, Schedule, steady_iterations
@@ -77,7 +78,7 @@ class Channel:
         return self.dependency.relation
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=32)  # every worker of a run asks for the same
 def channels(schedule: Schedule) -> tuple[Channel, ...]:
     """The message streams of a schedule; each sent message is received by exactly one operation.
 
@@ -87,6 +88,7 @@ def channels(schedule: Schedule) -> tuple[Channel, ...]:
     gradient 1 0 2
     activation 0 1 2
     """
+    validate(schedule)
     slots = ring_slots(schedule)
     return tuple(
         Channel(
