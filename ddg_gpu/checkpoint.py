@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ddg_sim.files import replacing
 
 FORMAT = 1
 
@@ -59,15 +59,10 @@ def write_atomically(content: Mapping[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: naming the path if it cannot be written.
     """
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            torch.save(dict(content), file)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(dict(content), temporary)
     except (OSError, RuntimeError) as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written: {error}") from None
 
 

@@ -89,6 +89,7 @@ class VersionStore:
 def call(stage: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
     """Run a module forward on the given weights instead of its own; buffers stay its own.
 
+    >>> import torch
     >>> stage = nn.Linear(1, 1, bias=False)
     >>> call(stage, {"weight": torch.tensor([[3.0]])}, torch.tensor([2.0]))
     tensor([6.])
