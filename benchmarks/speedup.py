@@ -2,8 +2,7 @@
 
     python benchmarks/speedup.py --model resnet20 --batch-size 32 --rounds 5
 
-Every round profiles, predicts and runs all methods once, so that they share what the machine was
-like; each ratio is taken within a round, and the table shows the medians over the rounds.
+The methods take turns, and the stages are timed alone before every turn; medians over the rounds.
 """
 
 from __future__ import annotations
@@ -11,42 +10,31 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from statistics import median
 
 from environment import environment
 from random_images import random_images
 
 from ddg_gpu.data import load
 from ddg_gpu.job import Job
-from ddg_gpu.profile import measure
-from ddg_gpu.validate import Comparison, compare, too_few_cores
+from ddg_gpu.validate import Comparison, compare, speedups, too_few_cores
 
 METHODS = ["bp", "ddg/barrier", "ddg/mailbox", "ddg/none"]
 
 
-def table(rounds: list[list[Comparison]]) -> str:
-    """Medians over the rounds as a Markdown table; (least..largest) where it matters."""
+def table(found: list[Comparison]) -> str:
+    """The comparison as a Markdown table."""
     lines = [
         "| method | predicted | measured | error | predicted speedup | measured speedup |",
         "|---|---|---|---|---|---|",
     ]
-    for place, name in enumerate(METHODS):
-        column = [found[place] for found in rounds]
-        base = [found[0] for found in rounds]
-        errors = [item.error for item in column]
-        predicted = [
-            b.predicted_period / i.predicted_period for b, i in zip(base, column, strict=True)
-        ]
-        measured = [
-            b.measured_period / i.measured_period for b, i in zip(base, column, strict=True)
-        ]
-        lines.append(
-            f"| {name} | {1e3 * median(i.predicted_period for i in column):.1f} ms"
-            f" | {1e3 * median(i.measured_period for i in column):.1f} ms"
-            f" | {100 * median(errors):+.1f} % ({100 * min(errors):+.1f}..{100 * max(errors):+.1f})"
-            f" | {median(predicted):.2f}×"
-            f" | {median(measured):.2f}× ({min(measured):.2f}..{max(measured):.2f}) |"
-        )
+    predicted = speedups({item.name: item.predicted_period for item in found})
+    measured = speedups({item.name: item.measured_period for item in found})
+    lines.extend(
+        f"| {item.name} | {1e3 * item.predicted_period:.1f} ms"
+        f" | {1e3 * item.measured_period:.1f} ms | {100 * item.error:+.1f} %"
+        f" | {predicted[item.name]:.2f}× | {measured[item.name]:.2f}× |"
+        for item in found
+    )
     return "\n".join(lines)
 
 
@@ -71,26 +59,21 @@ def main() -> None:
         iterations=options.iterations,
         batch_size=options.batch_size,
     )
-    rounds = []
-    for number in range(options.rounds):
-        profile = measure(job, dataset)
-        rounds.append(compare(job, METHODS, profile, dataset))
-        print(f"round {number + 1} of {options.rounds}: cuts {profile.cuts}", flush=True)
-    print(table(rounds))
+    profile, found = compare(job, METHODS, dataset, rounds=options.rounds)
+    print(f"cuts {profile.cuts}")
+    print(table(found))
     if options.output is not None:
         result = {
             "environment": environment(),
             "options": {key: str(value) for key, value in vars(options).items()},
-            "rounds": [
-                {
-                    item.name: {
-                        "predicted_period": item.predicted_period,
-                        "measured_period": item.measured_period,
-                    }
-                    for item in found
+            "profile": profile.model_dump(),
+            "methods": {
+                item.name: {
+                    "predicted_period": item.predicted_period,
+                    "measured_period": item.measured_period,
                 }
-                for found in rounds
-            ],
+                for item in found
+            },
         }
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 

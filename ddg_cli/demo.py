@@ -24,7 +24,6 @@ def demo(
     """Predict, train and compare backpropagation and DDG with 2 processes on digits."""
     from ddg_gpu.job import Job
     from ddg_gpu.plot import loss_curves
-    from ddg_gpu.profile import measure
     from ddg_gpu.validate import compare
     from ddg_sim.files import replacing
     from ddg_sim.methods import ddg
@@ -38,18 +37,9 @@ def demo(
     job = Job("bp", 2, model, iterations=iterations, batch_size=batch_size)
     dataset = training.load_data("digits", job)
     warnings = training.core_warnings(job)
-    with progress_bar("profile") as progress:
-        profile = measure(job, dataset, progress=progress)
-    methods = ["bp", "ddg/barrier", "ddg/none"]
-    with progress_bar("train") as progress:
-        found = compare(
-            job,
-            methods,
-            profile,
-            dataset,
-            progress=lambda name, done, total: progress(
-                methods.index(name) * total + done, len(methods) * total
-            ),
+    with progress_bar("profile and train") as progress:
+        profile, found = compare(
+            job, ["bp", "ddg/barrier", "ddg/none"], dataset, rounds=2, progress=progress
         )
     checked = check("theorem-a", make("rotation-chain", 2), ddg(2), gamma=0.05, iterations=10)
 

@@ -214,7 +214,8 @@ def validate(
         str, typer.Option(help="METHOD or METHOD/SYNC, such as bp,ddg/barrier,ddg/none.")
     ] = "bp,ddg/barrier,ddg/none",
     data: Data = "digits",
-    iterations: Annotated[int, typer.Option(help="Mini-batches per method.")] = 60,
+    iterations: Annotated[int, typer.Option(help="Mini-batches per run.")] = 60,
+    rounds: Annotated[int, typer.Option(help="Runs per method; medians are shown.")] = 3,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
     cuts: Cuts = None,
@@ -232,7 +233,6 @@ def validate(
 ) -> None:
     """Profile, predict, run and compare: is the prediction true on this machine?"""
     from ddg_gpu.job import Job
-    from ddg_gpu.profile import measure
     from ddg_gpu.validate import check_profile, compare, parse_method
     from ddg_sim import profile as profiles
 
@@ -256,17 +256,15 @@ def validate(
         check_profile(known, job)
     dataset = load_data(data, job)
     warnings = core_warnings(job)
-    if known is None:
-        with progress_bar("profile") as progress:
-            known = measure(job, dataset, progress=progress)
-    with progress_bar("") as progress:
-        found = compare(
+    with progress_bar("profile and run") as progress:
+        known, found = compare(
             job,
             names,
-            known,
             dataset,
+            profile=known,
+            rounds=rounds,
             timeout=timeout,
-            progress=lambda name, done, total: progress(done, total),
+            progress=progress,
         )
     write_pictures(found, trace, plot)
     if json:

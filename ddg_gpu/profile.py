@@ -8,6 +8,7 @@ prediction.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter, sleep
@@ -34,6 +35,19 @@ ROUNDS = 30
 PAUSE = 0.01
 
 
+@dataclass(frozen=True, slots=True)
+class LinkTimes:
+    """Seconds of one message.
+
+    Args:
+        transfer: from one worker's hands to the other's, beyond what the hosts do for it.
+        host: what a worker's own thread spends on sending one message and receiving one.
+    """
+
+    transfer: float
+    host: float
+
+
 def measure(
     job: Job,
     dataset: Dataset,
@@ -42,8 +56,7 @@ def measure(
 ) -> Profile:
     """Measure a profile: medians over ``iterations`` mini-batches, one thread per stage.
 
-    Without ``job.cuts`` the network is cut where the largest measured stage time (forward +
-    backward + update) is least; with them, where they say.
+    Without ``job.cuts`` the network is cut as `measured_cuts` says; with them, where they say.
 
     Args:
         job: gives model, number of stages, batch size, optimizer and seed.
@@ -56,16 +69,91 @@ def measure(
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    steps, done = 3 if job.cuts is None and job.stages > 1 else 2, 0
-    if steps == 3:
-        job = replace(job, cuts=tuple(_measured_cuts(job, dataset, iterations)))
-        progress(done := done + 1, steps)
+    if job.cuts is None:
+        job = replace(job, cuts=measured_cuts(job, dataset, iterations))
+    progress(1, 3)
+    samples = time_stages(job, dataset, iterations)
+    progress(2, 3)
+    links = time_links(job, dataset)
+    progress(3, 3)
+    return summarise(job, dataset, [samples], links)
+
+
+def measured_cuts(job: Job, dataset: Dataset, iterations: int) -> tuple[int, ...]:
+    """Cuts for which the largest stage time (forward + backward + update) is least.
+
+    Every layer is timed as a stage of its own.
+
+    Args:
+        job: gives model, number of stages, batch size, optimizer and seed.
+        dataset: the data.
+        iterations: mini-batches to time, after a warm-up.
+
+    Raises:
+        ValueError: if there are more stages than layers.
+    """
+    layers = len(network(replace(job, stages=1, cuts=None), dataset).model)
+    balanced_cuts([1.0] * layers, job.stages)  # says what is wrong before anything is timed
+    single = replace(job, stages=layers, cuts=tuple(range(1, layers)))
+    seconds = [
+        sum(median(times) for times in stage.values())
+        for stage in _durations(single, dataset, iterations)
+    ]
+    return tuple(balanced_cuts(seconds, job.stages))
+
+
+#: Per stage, the seconds of every operation of a kind that was timed.
+Durations = list[dict[OpKind, list[float]]]
+
+
+def time_stages(job: Job, dataset: Dataset, iterations: int) -> Durations:
+    """Time the operations of every stage, each stage by itself in this process; seconds.
+
+    Backpropagation gives the times of forward, backward and update; the second forward pass of
+    a replaying method is timed in a run of its own, as it changes what the first one keeps.
+
+    Args:
+        job: what to time; its method does not matter.
+        dataset: the data.
+        iterations: mini-batches to time, after a warm-up (a quarter as many for the replay).
+    """
+    found = _durations(job, dataset, iterations)
+    replay = replace(job, method="ddg", semantics=Semantics.REPLAY)
+    for stage, again in zip(found, _durations(replay, dataset, -(-iterations // 4)), strict=True):
+        stage[OpKind.RECOMPUTE] = again[OpKind.RECOMPUTE]
+    return found
+
+
+def _durations(job: Job, dataset: Dataset, iterations: int) -> Durations:
+    if job.semantics is not Semantics.REPLAY:
+        job = replace(job, method="bp")
+    job = replace(job, sync=None)
+    schedule = job.schedule()
     parts = network(job, dataset)
-    stage_times = _times(job, dataset, iterations)
-    progress(done := done + 1, steps)
-    sizes = [4 * job.batch_size * shape.numel() for shape in parts.boundaries]
-    links = _measure_links(sizes)
-    progress(done + 1, steps)
+    stages = [make_stage(job, schedule, module, k) for k, module in enumerate(parts.modules)]
+    batches = Batches(dataset, job.batch_size, job.seed)
+    with one_thread():
+        spans = run_serial(schedule, stages, batches, WARM_UP + iterations).spans
+    found: Durations = [defaultdict(list) for _ in stages]
+    for span in spans:
+        if span.op is not None and span.op.iteration >= WARM_UP:
+            found[span.op.stage][span.op.kind].append(span.duration)
+    return found
+
+
+def summarise(
+    job: Job, dataset: Dataset, samples: Sequence[Durations], links: Sequence[LinkTimes]
+) -> Profile:
+    """The profile of a job from what was timed: medians over all samples.
+
+    Args:
+        job: what was timed.
+        dataset: the data.
+        samples: what `time_stages` gave, once or more often.
+        links: what `time_links` gave.
+    """
+    parts = network(job, dataset)
+    sizes = message_bytes(job, parts)
     return Profile(
         version=1,
         model=job.model,
@@ -76,7 +164,17 @@ def measure(
         torch=str(torch.__version__),
         cuts=list(parts.cuts),
         stages=[
-            _stage_profile(parts, k, times, links, sizes) for k, times in enumerate(stage_times)
+            _stage_profile(
+                parts,
+                k,
+                {
+                    kind: median(time for chunk in samples for time in chunk[k][kind])
+                    for kind in samples[0][k]
+                },
+                links,
+                sizes,
+            )
+            for k in range(job.stages)
         ],
         links=[
             LinkProfile(activation=link.transfer, gradient=link.transfer, bytes=size)
@@ -85,49 +183,17 @@ def measure(
     )
 
 
-def _measured_cuts(job: Job, dataset: Dataset, iterations: int) -> list[int]:
-    """Cuts that balance the measured times of single layers."""
-    layers = len(network(replace(job, stages=1), dataset).model)
-    if job.stages > layers:
-        balanced_cuts([1.0] * layers, job.stages)  # says what is wrong
-    single = replace(job, stages=layers, cuts=tuple(range(1, layers)))
-    times = _times(single, dataset, iterations)
-    return balanced_cuts(
-        [sum(t[kind] for kind in (OpKind.FORWARD, OpKind.BACKWARD, OpKind.UPDATE)) for t in times],
-        job.stages,
-    )
-
-
-def _times(job: Job, dataset: Dataset, iterations: int) -> list[dict[OpKind, float]]:
-    """Median seconds per operation and stage, each stage by itself in this process.
-
-    Backpropagation gives the times of forward, backward and update; the second forward pass of
-    a replaying method is timed in a run of its own, as it changes what the first one keeps.
-    """
-    plain = replace(job, method="bp", sync=None, semantics=Semantics.STASH)
-    replay = replace(job, method="ddg", sync=None, semantics=Semantics.REPLAY)
-    found = _medians(plain, dataset, iterations)
-    for times, again in zip(found, _medians(replay, dataset, max(1, iterations // 4)), strict=True):
-        times[OpKind.RECOMPUTE] = again[OpKind.RECOMPUTE]
-    return found
-
-
-def _medians(job: Job, dataset: Dataset, iterations: int) -> list[dict[OpKind, float]]:
-    schedule = job.schedule()
-    parts = network(job, dataset)
-    stages = [make_stage(job, schedule, module, k) for k, module in enumerate(parts.modules)]
-    batches = Batches(dataset, job.batch_size, job.seed)
-    with one_thread():
-        spans = run_serial(schedule, stages, batches, WARM_UP + iterations).spans
-    found: list[dict[OpKind, list[float]]] = [defaultdict(list) for _ in stages]
-    for span in spans:
-        if span.op is not None and span.op.iteration >= WARM_UP:
-            found[span.op.stage][span.op.kind].append(span.duration)
-    return [{kind: median(times) for kind, times in stage.items()} for stage in found]
+def message_bytes(job: Job, parts: Network) -> list[int]:
+    """Bytes of the message over each link, for a full mini-batch of float32."""
+    return [4 * job.batch_size * shape.numel() for shape in parts.boundaries]
 
 
 def _stage_profile(
-    parts: Network, index: int, times: dict[OpKind, float], links: list[LinkTimes], sizes: list[int]
+    parts: Network,
+    index: int,
+    times: dict[OpKind, float],
+    links: Sequence[LinkTimes],
+    sizes: Sequence[int],
 ) -> StageProfile:
     # Per iteration a stage sends and receives one message at each of its links. That work of the
     # host is spread over the stage's three operations (forward, backward, update).
@@ -145,21 +211,9 @@ def _stage_profile(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class LinkTimes:
-    """Seconds of one message.
-
-    Args:
-        transfer: from one worker's hands to the other's, beyond what the hosts do for it.
-        host: what a worker's own thread spends on sending one message and receiving one.
-    """
-
-    transfer: float
-    host: float
-
-
-def _measure_links(sizes: list[int]) -> list[LinkTimes]:
-    """Times of messages of these sizes (bytes), between two otherwise idle processes."""
+def time_links(job: Job, dataset: Dataset) -> list[LinkTimes]:
+    """Time the messages over every link of a job, between two otherwise idle processes."""
+    sizes = message_bytes(job, network(job, dataset))
     if not sizes:
         return []
     first, _ = run_together(_ping_pong, 2, {"sizes": sizes})

@@ -14,7 +14,7 @@ from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.distributed import WorkerOutcome, run_processes, run_rank, under_torchrun
 from ddg_gpu.execute import run_serial, timeline
 from ddg_gpu.job import Job, make_stage, network, num_iterations
-from ddg_gpu.processes import Progress
+from ddg_gpu.processes import Progress, keep_freed_memory
 from ddg_sim.schedule import parse_op
 from ddg_sim.timeline import Timeline
 
@@ -122,7 +122,7 @@ def _assemble(job: Job, dataset: Dataset, outcomes: Sequence[WorkerOutcome]) -> 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread inside: other thread counts give other bits (and other timings).
+    """Compute inside as a worker process does: other thread counts give other bits and timings.
 
     >>> with one_thread():
     ...     torch.get_num_threads()
@@ -130,6 +130,7 @@ def one_thread() -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         yield
     finally:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 from ddg_gpu.data import Dataset
 from ddg_gpu.job import Job
+from ddg_gpu.processes import Progress
+from ddg_gpu.profile import (
+    Durations,
+    LinkTimes,
+    measured_cuts,
+    summarise,
+    time_links,
+    time_stages,
+)
 from ddg_gpu.train import Run, train
 from ddg_sim.cycletime import cycle_time
-from ddg_sim.methods import method
 from ddg_sim.profile import Profile
 from ddg_sim.schedule import Sync
 from ddg_sim.simulate import simulate
 from ddg_sim.timeline import Timeline
+
+#: Mini-batches to time per stage before every run.
+CHUNK = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,22 +35,19 @@ class Comparison:
 
     Args:
         name: the method, with its synchronisation mode after a slash where it was chosen.
-        predicted: simulated timeline.
-        run: the training run, with its measured timeline.
         predicted_period: exact steady-state period of the schedule with the profile's costs.
+        measured_period: median over the runs of their measured steady-state period.
         bound_by: in words, what bounds the predicted period.
+        predicted: simulated timeline, as long as a run.
+        run: the run whose period is nearest to the median; all runs end with the same weights.
     """
 
     name: str
+    predicted_period: float
+    measured_period: float
+    bound_by: str
     predicted: Timeline
     run: Run
-    predicted_period: float
-    bound_by: str
-
-    @property
-    def measured_period(self) -> float:
-        """Measured steady-state seconds per iteration."""
-        return self.run.timeline.period
 
     @property
     def error(self) -> float:
@@ -68,61 +77,82 @@ def parse_method(text: str) -> tuple[str, Sync | None]:
 def compare(
     job: Job,
     methods: Sequence[str],
-    profile: Profile,
     dataset: Dataset,
     *,
+    profile: Profile | None = None,
+    rounds: int = 3,
     timeout: float = 120.0,
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
-) -> list[Comparison]:
-    """Predict each method from a profile, then run it with one process per stage.
+    progress: Progress = lambda done, total: None,
+) -> tuple[Profile, list[Comparison]]:
+    """Predict each method from a profile, and run it with one process per stage.
+
+    The speed of a machine drifts. So the methods take turns, ``rounds`` times, and the stages are
+    timed (alone, in this process) before every turn: prediction and measurement see the same
+    machine. The runs themselves do not enter the profile.
 
     Args:
-        job: what to train, but for the method; its cuts must be the profile's.
+        job: what to train, but for the method.
         methods: ``METHOD`` or ``METHOD/SYNC``.
-        profile: measured costs.
         dataset: the data.
+        profile: costs measured before; None measures them.
+        rounds: runs of each method.
         timeout: seconds that a worker may wait for another.
-        progress: called with (method, samples finished, samples in all).
+        progress: called with (samples finished, samples in all).
+
+    Returns:
+        The profile that the predictions come from, and a comparison per method.
 
     Raises:
         ValueError: naming an argument that is wrong.
         WorkerError: if a run fails.
     """
-    parsed = [parse_method(text) for text in methods]
-    for name, sync in parsed:
-        method(name, job.stages, sync)  # all names are checked before anything runs
-    job = replace(job, cuts=tuple(profile.cuts))
-    return [
-        _compare(replace(job, method=name, sync=sync), text, profile, dataset, timeout, progress)
-        for text, (name, sync) in zip(methods, parsed, strict=True)
-    ]
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    jobs = {
+        name: replace(job, method=method, sync=sync)
+        for name, (method, sync) in ((text, parse_method(text)) for text in methods)
+    }
+    for own in jobs.values():
+        own.schedule()  # all names are checked before anything runs
+    links: list[LinkTimes] = []
+    if profile is not None:
+        check_profile(profile, job)
+        cuts = tuple(profile.cuts)
+    else:
+        cuts = job.cuts if job.cuts is not None else measured_cuts(job, dataset, CHUNK)
+        links = time_links(replace(job, cuts=cuts), dataset)
+    jobs = {name: replace(own, cuts=cuts) for name, own in jobs.items()}
+
+    samples: list[Durations] = []
+    runs: dict[str, list[Run]] = {name: [] for name in jobs}
+    turns = [name for _ in range(rounds) for name in jobs]
+    for turn, name in enumerate(turns):
+        if profile is None:
+            samples.append(time_stages(jobs[name], dataset, CHUNK))
+
+        def report(done: int, total: int, turn: int = turn) -> None:
+            progress(turn * total + done, len(turns) * total)
+
+        run = train(jobs[name], dataset, "distributed", timeout=timeout, progress=report)
+        if run is None:
+            raise ValueError("a comparison starts its own processes: do not run it under torchrun")
+        runs[name].append(run)
+    if profile is None:
+        profile = summarise(replace(job, cuts=cuts), dataset, samples, links)
+    return profile, [_comparison(name, profile, runs[name]) for name in jobs]
 
 
-def _compare(
-    job: Job,
-    name: str,
-    profile: Profile,
-    dataset: Dataset,
-    timeout: float,
-    progress: Callable[[str, int, int], None],
-) -> Comparison:
-    schedule, costs = job.schedule(), profile.costs()
+def _comparison(name: str, profile: Profile, runs: Sequence[Run]) -> Comparison:
+    schedule, costs = runs[0].job.schedule(), profile.costs()
     cycle = cycle_time(schedule, costs)
-    run = train(
-        job,
-        dataset,
-        "distributed",
-        timeout=timeout,
-        progress=lambda done, total: progress(name, done, total),
-    )
-    if run is None:
-        raise ValueError("a comparison starts its own processes: do not run it under torchrun")
+    measured = median(run.timeline.period for run in runs)
     return Comparison(
         name,
-        simulate(schedule, costs, run.timeline.iterations),
-        run,
         cycle.period,
+        measured,
         cycle.explain(),
+        simulate(schedule, costs, runs[0].timeline.iterations),
+        min(runs, key=lambda run: abs(run.timeline.period - measured)),
     )
 
 
