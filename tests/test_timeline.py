@@ -18,7 +18,7 @@ from ddg_sim.methods import bp, ddg
 from ddg_sim.plot import gantt
 from ddg_sim.schedule import OpKind, Sync
 from ddg_sim.simulate import simulate
-from ddg_sim.steady import find_regime
+from ddg_sim.steady import Regime, find_regime
 from ddg_sim.timeline import Span, Timeline, worker_lane
 from ddg_sim.trace import chrome_trace, write_trace
 
@@ -27,6 +27,8 @@ def test_a_run_that_repeats_itself_every_other_iteration():
     run = simulate(ddg(2), costs(2, comm=2.0), 30)
     assert run.regime is not None
     assert run.period == pytest.approx(5.0, rel=1e-12)
+    assert run.regime.iterations == 2
+    assert simulate(bp(2), costs(2), 30).regime == Regime(iterations=1, seconds=6.0)
 
 
 def test_a_growing_backlog_on_a_link_is_not_yet_steady():
