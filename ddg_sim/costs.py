@@ -165,11 +165,12 @@ def costs(
             *(("comm", comm) if value is None else (name, value)), num_stages - 1, num_stages
         )
 
+    first = stages("forward", forward)
     return Costs(
-        forward=stages("forward", forward),
+        forward=first,
         backward=stages("backward", backward),
         update=stages("update", update),
-        recompute=stages("recompute", forward if recompute is None else recompute),
+        recompute=first if recompute is None else stages("recompute", recompute),
         activation_transfer=links("activation_transfer", activation_transfer),
         gradient_transfer=links("gradient_transfer", gradient_transfer),
         overhead=stages("overhead", overhead),

@@ -7,6 +7,7 @@ cycle that attains it is critical: nothing but speeding up one of its members sh
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from fractions import Fraction
@@ -44,13 +45,19 @@ def evaluate(schedule: Schedule, costs: Costs, iterations: int, drain: bool = Tr
     """
     graph = event_graph(schedule, costs)
     ticks = schedule.num_ticks(iterations, drain)
-    exists = existence(graph, iterations)
+    takes_place = existence(graph, iterations)
+    if not drain:  # what nobody will receive is not sent
+        for index, event in enumerate(graph.events):
+            late = max(0, event.message.tokens) if event.message is not None else 0
+            takes_place[index] = range(takes_place[index].start, ticks - late)
     starts = [[0.0] * ticks for _ in graph.events]
     ends = [[0.0] * ticks for _ in graph.events]
     for index, tick, waits in unroll(graph, iterations, drain):
         start = max([ends[source][then] for source, then in waits], default=0.0)
         starts[index][tick] = start
-        ends[index][tick] = start + (graph.events[index].duration if tick in exists[index] else 0.0)
+        ends[index][tick] = start + (
+            graph.events[index].duration if tick in takes_place[index] else 0.0
+        )
     at = {event.node: index for index, event in enumerate(graph.events) if event.node is not None}
     spans: list[Span] = []
     for worker in range(len(schedule.workers)):
@@ -62,11 +69,9 @@ def evaluate(schedule: Schedule, costs: Costs, iterations: int, drain: bool = Tr
                     spans.append(op_span(lane, op, starts[index][tick], ends[index][tick]))
     for index, event in enumerate(graph.events):
         if event.message is not None and event.duration > 0:
-            late = 0 if drain else max(0, event.message.tokens)  # what nobody receives, is not sent
-            for tick in exists[index]:
-                if tick < ticks - late:
-                    message = _message(schedule, event, tick)
-                    spans.append(message_span(message, starts[index][tick], ends[index][tick]))
+            for tick in takes_place[index]:
+                message = _message(schedule, event, tick)
+                spans.append(message_span(message, starts[index][tick], ends[index][tick]))
     return Timeline(schedule, iterations, tuple(spans), deterministic=True)
 
 
@@ -128,9 +133,10 @@ class CycleTime:
 def cycle_time(schedule: Schedule, costs: Costs) -> CycleTime:
     """Compute the exact steady-state period and what bounds it.
 
-    Howard's policy iteration (Cochet-Terrasson et al. 1998; the variant of Dasdan, Irani and Gupta
-    1999), in rational arithmetic: without a tolerance, the cycle it ends with is critical. If a
-    worker's own loop body is critical too, that one is reported: it is the easiest to act on.
+    Newton's iteration on the ratio (Dinkelbach 1967): as long as some cycle beats the best ratio so
+    far, take that cycle's. Bellman and Ford's algorithm finds the cycles, in integer arithmetic, so
+    that no tolerance is needed and the cycle it ends with is critical. If a worker's own loop body
+    is critical too, that one is reported: it is the easiest to act on.
 
     Raises:
         ValueError: if the costs are for another number of stages.
@@ -141,21 +147,17 @@ def cycle_time(schedule: Schedule, costs: Costs) -> CycleTime:
     3.0
     """
     graph = event_graph(schedule, costs)
-    ratio, cycle = _howard(graph)
-    for own in _own_loops(graph):
-        if sum(_weight(graph, arc) for arc in own) == ratio:
-            cycle = own
-            break
-    seconds = sum((_weight(graph, arc) for arc in cycle), Fraction(0))
+    weights = [Fraction(event.duration) for event in graph.events]
+    cycle = max(_own_loops(graph), key=lambda loop: _ratio(weights, loop))
+    while better := _better_cycle(graph, weights, cycle):
+        cycle = better
+    ratio = _ratio(weights, cycle)
+    seconds = sum((weights[arc.source] for arc in cycle), Fraction(0))
     tokens = sum(arc.tokens for arc in cycle)
     events = [graph.events[arc.source] for arc in cycle]
     first = min(range(len(events)), key=lambda place: _rank(schedule, events[place]))
     ordered = tuple(events[first:] + events[:first])
     return CycleTime(schedule, float(ratio), float(seconds), tokens, ordered)
-
-
-def _weight(graph: EventGraph, arc: Arc) -> Fraction:
-    return Fraction(graph.events[arc.source].duration)
 
 
 def _rank(schedule: Schedule, event: Event) -> tuple[int, int]:
@@ -175,60 +177,53 @@ def _own_loops(graph: EventGraph) -> list[list[Arc]]:
     return list(loops.values())
 
 
-def _howard(graph: EventGraph) -> tuple[Fraction, list[Arc]]:
-    """The largest ratio of seconds to tokens, and a cycle that has it.
-
-    A policy picks one arc out of every event. Its best cycle gives a ratio and, to the events that
-    reach the cycle, a value; arcs that promise a higher value enter the policy until none does.
-    """
-    weights = [Fraction(event.duration) for event in graph.events]
-    policy = {arc.source: arc for arc in reversed(graph.arcs)}
-    value = [Fraction(0)] * len(graph.events)
-    while True:
-        ratio, cycle = max(
-            ((_ratio(weights, found), found) for found in _policy_cycles(policy)),
-            key=lambda pair: pair[0],
-        )
-        into: dict[int, list[int]] = defaultdict(list)
-        for source, arc in policy.items():
-            into[arc.target].append(source)
-        todo, seen = [cycle[0].source], {cycle[0].source}
-        while todo:
-            event = todo.pop()
-            for source in into[event]:
-                if source not in seen:
-                    seen.add(source)
-                    todo.append(source)
-                    value[source] = weights[source] - ratio * policy[source].tokens + value[event]
-        improved = False
-        for arc in graph.arcs:
-            promised = weights[arc.source] - ratio * arc.tokens + value[arc.target]
-            if promised > value[arc.source]:
-                value[arc.source] = promised
-                policy[arc.source] = arc
-                improved = True
-        if not improved:
-            return ratio, cycle
-
-
 def _ratio(weights: list[Fraction], cycle: list[Arc]) -> Fraction:
-    return sum((weights[arc.source] for arc in cycle), Fraction(0)) / sum(
-        arc.tokens for arc in cycle
-    )
+    seconds = sum((weights[arc.source] for arc in cycle), Fraction(0))
+    return seconds / sum(arc.tokens for arc in cycle)
 
 
-def _policy_cycles(policy: dict[int, Arc]) -> list[list[Arc]]:
-    """All cycles of a graph in which every event has one arc out."""
+def _better_cycle(graph: EventGraph, weights: list[Fraction], cycle: list[Arc]) -> list[Arc] | None:
+    """A cycle with a larger ratio of seconds to tokens, or None if there is none.
+
+    An arc counts its source's seconds minus the ratio for each token; a cycle with a positive sum
+    is better. Longest paths that never settle run into such a cycle.
+    """
+    ratio = _ratio(weights, cycle)
+    scale = math.lcm(ratio.denominator, *(weight.denominator for weight in weights))
+    each = int(ratio * scale)
+    lengths = [
+        (arc, arc.source, arc.target, int(weights[arc.source] * scale) - each * arc.tokens)
+        for arc in graph.arcs
+    ]
+    longest = [0] * len(graph.events)
+    because: dict[int, Arc] = {}
+    while True:
+        settled = True
+        for arc, source, target, length in lengths:
+            reached = longest[source] + length
+            if reached > longest[target]:
+                longest[target] = reached
+                because[target] = arc
+                settled = False
+        if settled:
+            return None
+        found = _cycles(because)
+        if found:
+            return max(found, key=lambda cycle: _ratio(weights, cycle))
+
+
+def _cycles(because: dict[int, Arc]) -> list[list[Arc]]:
+    """All cycles of a graph in which no event has more than one arc in."""
     cycles = []
     visited: dict[int, int] = {}
-    for walk, start in enumerate(policy):
+    for walk, start in enumerate(because):
         event = start
-        while event not in visited:
+        while event in because and event not in visited:
             visited[event] = walk
-            event = policy[event].target
-        if visited[event] == walk:
-            cycle = [policy[event]]
-            while cycle[-1].target != event:
-                cycle.append(policy[cycle[-1].target])
-            cycles.append(cycle)
+            event = because[event].source
+        if visited.get(event) == walk and event in because:
+            cycle = [because[event]]
+            while cycle[-1].source != event:
+                cycle.append(because[cycle[-1].source])
+            cycles.append(cycle[::-1])
     return cycles

@@ -298,8 +298,9 @@ def _check_deadlock(schedule: Schedule, edges: tuple[Dependency, ...]) -> None:
 def token_bounds(schedule: Schedule, edges: tuple[Dependency, ...]) -> list[int | None]:
     """Most tokens an edge can ever hold, per edge; None if there is no bound.
 
-    It is the least number of tokens on a cycle through the edge (Commoner et al. 1971): the number
-    of buffers ("ring slots") that the data on the edge needs.
+    It is the least number of tokens on a cycle through the edge (Commoner et al. 1971), as long as
+    all edges bind. Where samples do not exist, data edges do not: `rings.ring_slots` counts the
+    buffers that a message stream needs in warm-up and drain as well.
 
     >>> from ddg_sim.methods import ddg
     >>> edges = dependencies(ddg(4))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 
 from ddg_sim.costs import Costs
 from ddg_sim.dependencies import (
@@ -234,7 +234,11 @@ def unroll(
         order.add(arc.target)
         if arc.tokens + rounds[arc.target] == rounds[arc.source]:
             order.add(arc.target, arc.source)
-    plan = [(event, rounds[event], before[event]) for event in order.static_order()]
+    try:
+        plan = [(event, rounds[event], before[event]) for event in order.static_order()]
+    except CycleError as error:
+        names = " waits for ".join(graph.events[event].name for event in reversed(error.args[1]))
+        raise ScheduleError(f"deadlock: {names}, all in the same iteration") from None
     for now in range(min(rounds), ticks + max(rounds)):
         for event, ahead, waits in plan:
             tick = now - ahead

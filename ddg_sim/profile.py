@@ -134,10 +134,11 @@ def _first(error: ValidationError) -> str:
     message = details["msg"].removeprefix("Value error, ")
     if details["type"] == "json_invalid":
         return f"not valid JSON: {message.removeprefix('Invalid JSON: ')}"
+    message = message[0].lower() + message[1:]
     if not field:
         return message
     shown = "" if details["type"] == "missing" else f" (got {_short(details['input'])})"
-    return f"{field}: {message[0].lower()}{message[1:]}{shown}"
+    return f"{field}: {message}{shown}"
 
 
 def _short(value: object) -> str:

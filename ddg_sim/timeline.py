@@ -126,9 +126,9 @@ class Timeline:
         """Steady-state seconds per iteration.
 
         Exact if the run is deterministic and long enough to repeat itself (see `regime`).
-        Otherwise the Theil-Sen slope over the times at which iterations were complete on all
-        workers, without warm-up and drain. A run too short for either, with at most one
-        steady iteration, gives makespan / iterations, which still contains the warm-up.
+        Otherwise a robust slope (`steady.robust_period`) of the times at which iterations were
+        complete on all workers, without warm-up and drain. A run too short for either, with at
+        most one steady iteration, gives makespan / iterations, which still contains the warm-up.
         """
         if self.regime is not None:
             return self.regime.period

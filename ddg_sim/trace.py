@@ -185,7 +185,7 @@ def _flows(
 def _counters(timeline: Timeline, pid: int, origin: float) -> list[Event]:
     """Live activations: from the start of a forward pass to the end of its backward pass."""
     changes: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    for span, op in timeline.operations:
+    for span, op in timeline.operations:  # per stage these are in the order in which they ran
         if op.kind is OpKind.FORWARD:
             changes[op.stage].append((span.start, 1))
         elif _frees(op):
@@ -193,7 +193,7 @@ def _counters(timeline: Timeline, pid: int, origin: float) -> list[Event]:
     events: list[Event] = []
     for stage in sorted(changes):
         live = 0
-        for time, change in sorted(changes[stage]):
+        for time, change in changes[stage]:
             live += change
             events.append(
                 {
