@@ -152,7 +152,7 @@ def run_processes(
         WorkerError: naming the first worker that failed, and why.
     """
     given = {
-        "dataset": {field.name: getattr(dataset, field.name) for field in fields(dataset)},
+        "dataset": dataset_values(dataset),
         "timeout": timeout,
     }
     total = num_iterations(job, Batches(dataset, job.batch_size, job.seed))
@@ -166,6 +166,16 @@ def run_processes(
         progress=progress,
     )
     return [WorkerOutcome(**result) for result in results]
+
+
+def dataset_values(dataset: Dataset) -> dict[str, Any]:
+    """A dataset as tensors and plain values, from which ``Dataset(**values)`` makes it again.
+
+    >>> from ddg_gpu.data import load
+    >>> Dataset(**dataset_values(load("digits"))).name
+    'digits'
+    """
+    return {field.name: getattr(dataset, field.name) for field in fields(dataset)}
 
 
 def _task(job: Job, rank: int, given: dict[str, Any], report: Report) -> dict[str, Any]:

@@ -20,7 +20,10 @@ Bytes = Annotated[int, Field(ge=0, strict=True)]
 
 
 class StageProfile(BaseModel):
-    """One stage: seconds per operation on one mini-batch, sizes in bytes."""
+    """One stage: seconds per operation on one mini-batch when it computes alone, sizes in bytes.
+
+    ``contention`` says how many times longer its operations take while all others compute too.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,6 +33,7 @@ class StageProfile(BaseModel):
     update: Seconds
     recompute: Seconds
     overhead: Seconds
+    contention: Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True)] = 1.0
     output_bytes: Bytes
     parameter_bytes: Bytes
 
@@ -81,8 +85,13 @@ class Profile(BaseModel):
             raise ValueError(f"cuts must increase, got {self.cuts}")
         return self
 
+    @property
+    def contention(self) -> tuple[float, ...]:
+        """Per stage, how many times longer it takes while all others compute; see `contended`."""
+        return tuple(stage.contention for stage in self.stages)
+
     def costs(self) -> Costs:
-        """The costs that the simulator needs, in seconds."""
+        """Seconds of every operation when its stage computes alone, and of every message."""
         return Costs(
             forward=tuple(stage.forward for stage in self.stages),
             backward=tuple(stage.backward for stage in self.stages),
