@@ -233,7 +233,7 @@ def validate(
 ) -> None:
     """Profile, predict, run and compare: is the prediction true on this machine?"""
     from ddg_gpu.job import Job
-    from ddg_gpu.validate import check_profile, compare, parse_method
+    from ddg_gpu.validate import compare, parse_method
     from ddg_sim import profile as profiles
 
     output_path("--trace", trace)
@@ -250,10 +250,7 @@ def validate(
         seed=seed,
         cuts=integers("--cuts", cuts),
     )
-    known = None
-    if profile is not None:
-        known = profiles.read(profile)
-        check_profile(known, job)
+    known = None if profile is None else profiles.read(profile)
     dataset = load_data(data, job)
     warnings = core_warnings(job)
     with progress_bar("profile and run") as progress:

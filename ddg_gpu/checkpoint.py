@@ -79,7 +79,11 @@ def load(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises many types for broken files
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: is no readable checkpoint ({reason})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if (
+        not isinstance(content, dict)
+        or content.get("format") != FORMAT
+        or not isinstance(content.get("weights"), dict)
+    ):
         raise CheckpointError(f"{path}: is not a checkpoint written by 'ddg train --save'")
     weights: dict[str, Tensor] = content["weights"]
     return weights

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -32,12 +32,12 @@ from ddg_sim.schedule import Op, OpKind
 
 #: Mini-batches that are run before anything is timed (allocators and caches settle).
 WARM_UP = 3
-#: Ping-pongs per link.
-ROUNDS = 30
+#: Messages per link that are timed, and barriers.
+ROUNDS = 20
 #: Seconds that a stage computes alone, and beside the others, in each of so many turns.
 TURN, TURNS = 0.15, 15
-#: Seconds in which a message has certainly arrived.
-PAUSE = 0.01
+#: Seconds of computing around a message; a waiting core has gone to sleep by then.
+PAUSE = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,12 @@ class SharedTimes:
     Args:
         links: per link.
         contention: per stage, how many times longer it takes while all others compute.
+        barrier: seconds from the last worker's coming to a barrier until all go on.
     """
 
     links: tuple[LinkTimes, ...]
     contention: tuple[float, ...]
+    barrier: float
 
 
 def measure(
@@ -198,6 +200,7 @@ def summarise(
             LinkProfile(activation=link.transfer, gradient=link.transfer, bytes=size)
             for size, link in zip(sizes, shared.links, strict=True)
         ],
+        barrier=shared.barrier,
     )
 
 
@@ -239,11 +242,24 @@ def time_shared(job: Job, dataset: Dataset) -> SharedTimes:
     """
     sizes = message_bytes(job, network(job, dataset))
     if not sizes:
-        return SharedTimes((), (1.0,))
-    first, _ = run_together(_ping_pong, 2, {"sizes": sizes})
-    links = tuple(LinkTimes(*times) for times in first["times"])
+        return SharedTimes((), (1.0,), 0.0)
+    first, second = run_together(_exchange, 2, {"sizes": sizes})
+    links = tuple(
+        LinkTimes(
+            transfer=median(b - a for a, b in zip(sent, received, strict=True)),
+            host=median(sending) + median(receiving),
+        )
+        for sent, received, sending, receiving in zip(
+            first["sent"], second["received"], first["sending"], second["receiving"], strict=True
+        )
+    )
+    both = zip(first["came"], first["left"], second["left"], strict=True)
     beside = run_together(partial(_beside, job), job.stages, dataset_values(dataset))
-    return SharedTimes(links, tuple(result["contention"] for result in beside))
+    return SharedTimes(
+        links,
+        tuple(result["contention"] for result in beside),
+        barrier=median(max(left) - came for came, *left in both),
+    )
 
 
 def _beside(job: Job, rank: int, given: dict[str, Any], _report: Report) -> dict[str, Any]:
@@ -300,36 +316,55 @@ def _stand_ins(job: Job, dataset: Dataset, rank: int) -> tuple[Tensor, Tensor, T
     return inputs, batches.targets(0), error
 
 
-def _ping_pong(rank: int, given: dict[str, Any], _report: Report) -> dict[str, Any]:
-    """Exchange messages as the executor does: the receive is posted ahead of the send."""
-    return {"times": [_exchange(rank, size) for size in given["sizes"]]}
+def _exchange(rank: int, given: dict[str, Any], _report: Report) -> dict[str, Any]:
+    """Send messages from rank 0 to rank 1 as the executor does: the receive is posted ahead.
 
-
-def _exchange(rank: int, size: int) -> tuple[float, float]:
-    outgoing, incoming, peer = torch.zeros(size // 4), torch.empty(size // 4), 1 - rank
-    trips, sends, receives = [], [], []
-    for pause in (0.0, PAUSE):
-        for _ in range(ROUNDS):
-            receive: Any = dist.irecv(incoming, peer)
-            dist.barrier()  # both receives are posted before anything is sent
-            if rank == 0:
-                start = perf_counter()
-                send: Any = dist.isend(outgoing, peer)
-                sent = perf_counter()
-                sleep(pause)
-                waiting = perf_counter()
-                receive.wait()
-                end = perf_counter()
-                if pause:
-                    receives.append(end - waiting)  # it has come already: only the host's part
+    The sender computes until it sends. The receiver waits idly, as a worker without work does; in
+    a second round it computes while the message comes, so that only the host's part is left.
+    Times are on the clock that all processes of a machine share.
+    """
+    found: dict[str, Any] = {
+        key: [] for key in ("sent", "sending", "received", "receiving", "came", "left")
+    }
+    for size in given["sizes"]:
+        tensor, peer = torch.zeros(size // 4), 1 - rank
+        for key in ("sent", "sending", "received", "receiving"):
+            found[key].append([])
+        for receiver_computes in (False, True):
+            for _ in range(ROUNDS):
+                if rank == 0:
+                    dist.barrier()
+                    _spin(PAUSE)
+                    start = perf_counter()
+                    send: Any = dist.isend(tensor, peer)
+                    end = perf_counter()
+                    send.wait()
+                    if not receiver_computes:
+                        found["sent"][-1].append(end)
+                        found["sending"][-1].append(end - start)
                 else:
-                    sends.append(sent - start)
-                    trips.append(end - start)  # there and back
-            else:
-                receive.wait()
-                send = dist.isend(outgoing, peer)
-            send.wait()
-    if rank == 1:
-        return 0.0, 0.0
-    host = median(sends) + median(receives)
-    return max(0.0, median(trips) / 2 - host), host
+                    receive: Any = dist.irecv(tensor, peer)
+                    dist.barrier()  # the receive is posted before anything is sent
+                    if receiver_computes:
+                        _spin(3 * PAUSE)
+                    start = perf_counter()
+                    receive.wait()
+                    end = perf_counter()
+                    if receiver_computes:
+                        found["receiving"][-1].append(end - start)
+                    else:
+                        found["received"][-1].append(end)
+    for _ in range(ROUNDS):
+        dist.barrier()
+        if rank == 0:
+            _spin(PAUSE)  # so it comes last
+        found["came"].append(perf_counter())
+        dist.barrier()
+        found["left"].append(perf_counter())
+    return found
+
+
+def _spin(seconds: float) -> None:
+    end = perf_counter() + seconds
+    while perf_counter() < end:
+        pass

@@ -115,7 +115,7 @@ def compare(
         own.schedule()  # all names are checked before anything runs
     shared: SharedTimes | None = None
     if profile is not None:
-        check_profile(profile, job)
+        check_profile(profile, job, dataset.name)
         cuts = tuple(profile.cuts)
     else:
         cuts = job.cuts if job.cuts is not None else measured_cuts(job, dataset, CHUNK)
@@ -188,15 +188,29 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def check_profile(profile: Profile, job: Job) -> None:
+def check_profile(profile: Profile, job: Job, data: str) -> None:
     """Check that a profile is of what is going to run.
+
+    Args:
+        profile: what was measured.
+        job: what is going to run.
+        data: name of the dataset.
 
     Raises:
         ValueError: naming the first thing that differs.
     """
-    wanted = {"model": job.model, "batch_size": job.batch_size, "stages": job.stages}
+    wanted: dict[str, object] = {
+        "model": job.model,
+        "data": data,
+        "batch_size": job.batch_size,
+        "stages": job.stages,
+    }
+    if job.cuts is not None:
+        wanted["cuts"] = list(job.cuts)
     found = {
         "model": profile.model,
+        "data": profile.data,
+        "cuts": profile.cuts,
         "batch_size": profile.batch_size,
         "stages": len(profile.stages),
     }

@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import evaluate
@@ -62,16 +63,14 @@ def contended(schedule: Schedule, costs: Costs, contention: Sequence[float]) -> 
     slowed = costs
     for _ in range(TURNS):
         overlap = _overlap(evaluate(schedule, slowed, 3 * schedule.num_ticks(0) + 12))
-        slowed = replace(
-            costs,
-            **{
-                name: tuple(
-                    seconds * (1 + overlap[kind, stage] * (contention[stage] - 1))
-                    for stage, seconds in enumerate(getattr(costs, name))
-                )
-                for kind, name in FIELDS.items()
-            },
-        )
+        longer: dict[str, Any] = {
+            name: tuple(
+                seconds * (1 + overlap[kind, stage] * (contention[stage] - 1))
+                for stage, seconds in enumerate(getattr(costs, name))
+            )
+            for kind, name in FIELDS.items()
+        }
+        slowed = replace(costs, **longer)
     return slowed
 
 

@@ -29,7 +29,7 @@ class Prediction:
         period: steady-state seconds per iteration.
         period_is_exact: False if a simulated run ("des") came to no steady state within `LONGEST`
             iterations; its period is then the slope of the timeline.
-        bp_period: the same of backpropagation over as many stages with the same costs.
+        bp_period: seconds that backpropagation over as many stages takes for as many samples.
         cycle: the critical cycle.
         utilisation: per worker, fraction of the period in which it computes.
         staleness: per stage, in updates.
@@ -113,7 +113,7 @@ def predict(
         engine,
         period,
         exact,
-        cycle_time(bp_schedule, bp_costs).period,
+        schedule.samples_per_iteration * cycle_time(bp_schedule, bp_costs).period,
         cycle,
         tuple(seconds / period if period > 0 else 0.0 for seconds in busy),
         staleness(schedule),

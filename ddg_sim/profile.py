@@ -51,6 +51,8 @@ class LinkProfile(BaseModel):
 class Profile(BaseModel):
     """A measured model, cut into stages; ``cuts`` holds the first layer of stages 1..K-1.
 
+    ``barrier`` is the seconds from the last worker's coming to a barrier until all go on.
+
     >>> stage = StageProfile(layers=["fc"], forward=0.1, backward=0.2, update=0.01, recompute=0.1,
     ...                      overhead=0.0, output_bytes=40, parameter_bytes=400)
     >>> profile = Profile(version=1, model="mlp", data="digits", batch_size=8, device="cpu",
@@ -71,6 +73,7 @@ class Profile(BaseModel):
     cuts: list[Annotated[int, Field(ge=1, strict=True)]]
     stages: Annotated[list[StageProfile], Field(min_length=1)]
     links: list[LinkProfile]
+    barrier: Seconds = 0.0
 
     @model_validator(mode="after")
     def _lengths(self) -> Profile:
@@ -100,6 +103,7 @@ class Profile(BaseModel):
             activation_transfer=tuple(link.activation for link in self.links),
             gradient_transfer=tuple(link.gradient for link in self.links),
             overhead=tuple(stage.overhead for stage in self.stages),
+            barrier=self.barrier,
         )
 
     def write(self, path: str | Path) -> None:

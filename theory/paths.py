@@ -40,18 +40,18 @@ def count_paths(num_samples: int, iterations: int, samples_per_iteration: int = 
     256
     >>> count_paths(2, 24)
     Traceback (most recent call last):
-    ValueError: iterations = 24 means 16777216 paths of 2 samples, more than 10000000; ... 23 fit
+    ValueError: iterations = 24 means 2^24 sample paths, more than 10000000; at most 23 fit
     """
     per_iteration = num_samples**samples_per_iteration
-    paths: int = per_iteration**iterations
-    if paths > MAX_PATHS:
-        fits = 0
-        while per_iteration ** (fits + 1) <= MAX_PATHS:
-            fits += 1
+    fits = 0
+    while per_iteration > 1 and per_iteration ** (fits + 1) <= MAX_PATHS:
+        fits += 1
+    if per_iteration > 1 and iterations > fits:
         raise ValueError(
-            f"iterations = {iterations} means {paths} paths of {num_samples} samples, more than "
+            f"iterations = {iterations} means {per_iteration}^{iterations} sample paths, more than "
             f"{MAX_PATHS}; at most {fits} fit"
         )
+    paths: int = per_iteration**iterations
     return paths
 
 
