@@ -43,16 +43,20 @@ def count_paths(num_samples: int, iterations: int, samples_per_iteration: int = 
     ValueError: iterations = 24 means 16777216 paths of 2 samples, more than 10000000; ... 23 fit
     """
     per_iteration = num_samples**samples_per_iteration
-    paths: int = per_iteration**iterations
-    if paths > MAX_PATHS:
-        fits = 0
-        while per_iteration ** (fits + 1) <= MAX_PATHS:
-            fits += 1
+    if per_iteration == 1:
+        return 1
+    fits = 0
+    while per_iteration ** (fits + 1) <= MAX_PATHS:
+        fits += 1
+    if iterations > fits:
+        # The number itself would have more digits than Python prints, or memory holds.
+        paths = per_iteration**iterations if iterations < 64 else f"{per_iteration}^{iterations}"
         raise ValueError(
             f"iterations = {iterations} means {paths} paths of {num_samples} samples, more than "
             f"{MAX_PATHS}; at most {fits} fit"
         )
-    return paths
+    found: int = per_iteration**iterations
+    return found
 
 
 def sample_paths(num_samples: int, length: int, start: int, stop: int) -> IntArray:
