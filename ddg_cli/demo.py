@@ -17,11 +17,14 @@ def demo(
         "ddg-demo"
     ),
     model: training.Model = "resnet8",
-    iterations: Annotated[int, typer.Option(help="Mini-batches per method.")] = 150,
+    iterations: Annotated[int, typer.Option(min=1, help="Mini-batches per run.")] = 150,
     batch_size: training.BatchSize = 128,
     json: training.Json = False,
 ) -> None:
-    """Predict, train and compare backpropagation and DDG with 2 processes on digits."""
+    """Predict, train, compare and verify: the whole loop.
+
+    Backpropagation and DDG with 2 processes on the digits; takes a minute or two.
+    """
     from ddg_gpu.job import Job
     from ddg_gpu.plot import loss_curves
     from ddg_gpu.validate import compare
@@ -36,7 +39,7 @@ def demo(
         raise ValueError(f"--output {output}: the folder {output.parent} does not exist")
     job = Job("bp", 2, model, iterations=iterations, batch_size=batch_size)
     dataset = training.load_data("digits", job)
-    warnings = training.core_warnings(job)
+    warnings = training.core_warnings(job, dataset)
     with progress_bar("profile and train") as progress:
         profile, found = compare(
             job, ["bp", "ddg/barrier", "ddg/none"], dataset, rounds=2, progress=progress

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
 from ddg_cli import demo, simulate, training, verify
-from ddg_cli.output import ERRORS
+from ddg_cli.output import ERRORS, print_line
 
 # Typer's own base class of wrong usage has no public name.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -17,10 +20,27 @@ app = typer.Typer(
     name="ddg",
     help="How much faster is decoupled training, does it converge, and is the prediction true?",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print_line(f"ddg {version('ddg-toolkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_version, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
 app.command("simulate")(simulate.simulate)
 app.command("verify")(verify.verify)
 app.command("profile")(training.profile)
@@ -42,6 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _fail(_usage(error, words))
     except ValueError as error:
         code = _fail(str(error))
+    except OSError as error:  # a full disk, a folder that may not be written
+        ERRORS.print(f"ddg: {error}", markup=False)
+        code = 1
+    except MemoryError as error:
+        ERRORS.print(f"ddg: out of memory: {error}", markup=False)
+        code = 1
     except (KeyboardInterrupt, typer.Abort):
         ERRORS.print("ddg: interrupted", markup=False)
         code = 130
@@ -60,9 +86,24 @@ def _fail(message: str) -> int:
 
 def _usage(error: Exception, words: Sequence[str]) -> str:
     """Typer's message, with the value that it leaves out."""
-    message = error.format_message() if hasattr(error, "format_message") else str(error)
-    names = getattr(getattr(error, "param", None), "opts", [])
-    for name, value in zip(words, [*words[1:], None], strict=True):
-        if name in names and value is not None and isinstance(error, typer.BadParameter):
-            return f"{message} (got {value!r})"
-    return f"{message} (try 'ddg --help')" if "No such" in message else str(message)
+    message: str = error.format_message() if hasattr(error, "format_message") else str(error)
+    found = _value(getattr(error, "param", None), words)
+    if found is not None and isinstance(error, typer.BadParameter):
+        reason = error.message.split(", ")[0].replace("Input should be", "must be")
+        return f"{found[0]} {found[1]!r}: {reason}"
+    if message.startswith(("No such", "Missing command")):
+        return f"{message} (try 'ddg --help')"
+    return message
+
+
+def _value(parameter: object, words: Sequence[str]) -> tuple[str, str] | None:
+    """Name and value with which an option was given, on the command line or by the environment."""
+    names = getattr(parameter, "opts", [])
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return name, value if equals else following
+    variable = getattr(parameter, "envvar", None)
+    if isinstance(variable, str) and variable in os.environ:
+        return variable, os.environ[variable]
+    return None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -48,7 +48,7 @@ def integers(option: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        return tuple(map(int, text.split(",")))
     except ValueError:
         raise ValueError(f"{option} must be integers such as 2,5, got {text!r}") from None
 
@@ -96,9 +96,16 @@ def print_table(
         rows: cells, as text.
         numeric: whether the columns after the first are numbers, which are aligned right.
     """
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_header=any(columns),
+        show_lines=any("\n" in cell for row in rows for cell in row),
+    )
     for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place and numeric else "left")
+        justify: JustifyMethod = "right" if place and numeric else "left"
+        table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))  # a formula's brackets are no markup
     console().print(table)
@@ -122,11 +129,13 @@ def warn(text: str) -> None:
 def seconds(value: float) -> str:
     """Format seconds with a unit that fits.
 
-    >>> seconds(0.01234), seconds(3), seconds(4.2e-5)
-    ('12.3 ms', '3 s', '42 µs')
+    >>> seconds(0.01234), seconds(3), seconds(4.2e-5), seconds(9.999e-4), seconds(1213)
+    ('12.3 ms', '3 s', '42 µs', '1 ms', '1,213 s')
     """
+    if 1000 <= value < 1e9:
+        return f"{value:,.0f} s"
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if abs(value) >= scale:
+        if value >= 0.9995 * scale:  # what rounds to 1000 belongs to the next unit
             return f"{value / scale:.3g} {unit}"
     return f"{value:.3g} s"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ from ddg_cli.output import (
 
 def simulate(
     method: Annotated[str, typer.Argument(help="Training method: bp or ddg.")],
-    stages: Annotated[int, typer.Option(help="Number of stages K.")],
+    stages: Annotated[int, typer.Option(min=1, help="Number of stages K.")],
     forward: Annotated[
         str | None, typer.Option(help="Seconds per stage: 1 for all, or 1,2,… [default: 1]")
     ] = None,
@@ -39,7 +39,7 @@ def simulate(
         str | None, typer.Option(help="Synchronisation of ddg: none, barrier or mailbox.")
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(help="Iterations of the timeline. [default: 100, or 4 K]")
+        int | None, typer.Option(min=1, help="Iterations of the timeline. [default: 100, or 4 K]")
     ] = None,
     profile: Annotated[
         Path | None, typer.Option(help="Take the times from a file of 'ddg profile'.")
@@ -53,7 +53,10 @@ def simulate(
     plot: Annotated[Path | None, typer.Option(help="Write a Gantt chart (.png or .svg).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Predict period, speedup, utilisation, staleness and memory of a training method."""
+    """Predict speed, staleness and memory of a training method.
+
+    The times are given, measured by 'ddg profile', or 1 s forward and 2 s backward.
+    """
     from ddg_sim import methods
     from ddg_sim.costs import costs
     from ddg_sim.predict import predict
@@ -67,7 +70,9 @@ def simulate(
         raise ValueError(f"unknown --sync {sync!r}; known: {', '.join(modes)}")
     schedule = methods.method(method, stages, modes[sync] if sync else None)
     given = {"forward": forward, "backward": backward, "update": update, "comm": comm}
-    chosen = {name: numbers(f"--{name}", text) for name, text in given.items() if text is not None}
+    chosen: dict[str, Any] = {
+        name: numbers(f"--{name}", text) for name, text in given.items() if text is not None
+    }
     contention: tuple[float, ...] | None = None
     if profile is not None:
         if chosen:

@@ -28,15 +28,20 @@ if TYPE_CHECKING:  # torch loads in seconds; commands that do not train must not
 
 Model = Annotated[str, typer.Option(help="Network: mlp, resnet8, resnet20, resnet56 or resnet110.")]
 Data = Annotated[str, typer.Option(help="digits, or the path of CIFAR-10 or a folder of images.")]
-Stages = Annotated[int, typer.Option(help="Number of stages K.")]
-BatchSize = Annotated[int, typer.Option(help="Examples per mini-batch.")]
-Seed = Annotated[int, typer.Option(help="Of weights, data order, augmentation and dropout.")]
+Stages = Annotated[int, typer.Option(min=1, help="Number of stages K.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples per mini-batch.")]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**63 - 1, help="Of weights, data order, augmentation and dropout."),
+]
 Cuts = Annotated[
     str | None, typer.Option(help="First layer of stages 2..K, such as 3,6. [default: balanced]")
 ]
 Optimizer = Annotated[str, typer.Option(help="sgd (with momentum) or adam.")]
 Rate = Annotated[float | None, typer.Option(help="Default: 0.05 for sgd, 0.001 for adam.")]
-Timeout = Annotated[float, typer.Option(help="Seconds that a worker waits for another.")]
+Timeout = Annotated[
+    float, typer.Option(min=0.001, max=1e6, help="Seconds that a worker waits for another.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -46,11 +51,14 @@ def profile(
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
     batch_size: BatchSize = 64,
     data: Data = "digits",
-    iterations: Annotated[int, typer.Option(help="Mini-batches to time.")] = 20,
+    iterations: Annotated[int, typer.Option(min=1, help="Mini-batches to time.")] = 20,
     cuts: Cuts = None,
     json: Json = False,
 ) -> None:
-    """Measure forward, backward, update and transfer times of a network cut into stages."""
+    """Measure what the stages and links of a network cost.
+
+    Forward, backward, update and transfer times, each stage by itself.
+    """
     from ddg_gpu.job import Job
     from ddg_gpu.profile import measure
 
@@ -78,7 +86,7 @@ def print_profile(found: Any) -> None:
     """Print a profile as a table."""
     print_table(
         f"{found.model} on {found.data}, batch {found.batch_size}, one {found.device} thread",
-        ["stage", "layers", "forward", "backward", "update", "message", "transfer", "parameters"],
+        ["stage", "layers", "forward", "backward", "update", "message", "transfer", "params"],
         [
             [
                 str(k + 1),
@@ -88,7 +96,7 @@ def print_profile(found: Any) -> None:
                 seconds(stage.update),
                 f"{stage.output_bytes / 1e3:,.0f} kB" if link else "–",
                 seconds(link.activation) if link else "–",
-                f"{stage.parameter_bytes / 4:,.0f}",
+                f"{stage.parameter_bytes / 4e3:,.0f} k",
             ]
             for k, stage in enumerate(found.stages)
             for link in [found.links[k] if k < len(found.links) else None]
@@ -104,8 +112,8 @@ def train(
         str, typer.Option(help="serial: this process. distributed: a process per stage.")
     ] = "serial",
     data: Data = "digits",
-    iterations: Annotated[int | None, typer.Option(help="Mini-batches to train on.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Or passes over the data.")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Mini-batches to train on.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Or passes over the data.")] = None,
     sync: Annotated[
         str | None, typer.Option(help="Synchronisation of ddg: none, barrier or mailbox.")
     ] = None,
@@ -125,11 +133,19 @@ def train(
     timeout: Timeout = 120.0,
     port: Annotated[
         int | None,
-        typer.Option(envvar="DDG_PORT", help="TCP port of the workers. [default: a free one]"),
+        typer.Option(
+            min=1,
+            max=65535,
+            envvar="DDG_PORT",
+            help="TCP port of the workers. [default: a free one]",
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Train a network by a schedule; the weights do not depend on executor or synchronisation."""
+    """Train a network by a schedule.
+
+    The weights do not depend on executor or synchronisation, bit for bit.
+    """
     from ddg_gpu import checkpoint
     from ddg_gpu.job import Job
     from ddg_gpu.train import train as run_training
@@ -156,7 +172,7 @@ def train(
         load=load,
     )
     dataset = load_data(data, job)
-    warnings = core_warnings(job) if executor == "distributed" else []
+    warnings = core_warnings(job, dataset) if executor == "distributed" else []
     with progress_bar("train") as progress:
         run = run_training(job, dataset, executor, timeout=timeout, port=port, progress=progress)
     if run is None:  # another rank under torchrun reports
@@ -214,8 +230,8 @@ def validate(
         str, typer.Option(help="METHOD or METHOD/SYNC, such as bp,ddg/barrier,ddg/none.")
     ] = "bp,ddg/barrier,ddg/none",
     data: Data = "digits",
-    iterations: Annotated[int, typer.Option(help="Mini-batches per run.")] = 60,
-    rounds: Annotated[int, typer.Option(help="Runs per method; medians are shown.")] = 3,
+    iterations: Annotated[int, typer.Option(min=1, help="Mini-batches per run.")] = 60,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs per method; medians are shown.")] = 3,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
     cuts: Cuts = None,
@@ -231,16 +247,23 @@ def validate(
     timeout: Timeout = 120.0,
     json: Json = False,
 ) -> None:
-    """Profile, predict, run and compare: is the prediction true on this machine?"""
+    """Predict, run and compare: is the prediction true here?
+
+    The costs are measured, unless a profile is given.
+    """
     from ddg_gpu.job import Job
     from ddg_gpu.validate import compare, parse_method
     from ddg_sim import profile as profiles
+    from ddg_sim.methods import method
 
     output_path("--trace", trace)
     output_path("--plot", plot, (".png", ".svg"))
     names = split_methods(methods)
-    for name in names:
-        parse_method(name)
+    for name in names:  # before anything is measured
+        base, sync = parse_method(name)
+        method(base, stages, sync)
+    if profile is not None and cuts is not None:
+        raise ValueError(f"--cuts {cuts}: the profile {profile} says where to cut")
     job = Job(
         "bp",
         stages,
@@ -252,7 +275,7 @@ def validate(
     )
     known = None if profile is None else profiles.read(profile)
     dataset = load_data(data, job)
-    warnings = core_warnings(job)
+    warnings = core_warnings(job, dataset)
     with progress_bar("profile and run") as progress:
         known, found = compare(
             job,
@@ -333,13 +356,19 @@ def load_data(source: str, job: Job) -> Dataset:
         return data.load(source, progress=progress)
 
 
-def core_warnings(job: Job) -> list[str]:
-    """Warn if there are fewer cores than processes; gives the warnings for the JSON object."""
+def core_warnings(job: Job, dataset: Dataset) -> list[str]:
+    """Warn if there are fewer cores than processes; gives the warnings for the JSON object.
+
+    Raises:
+        ValueError: if the job cannot be run on the data, which must be said instead.
+    """
+    from ddg_gpu.job import network
     from ddg_gpu.validate import too_few_cores
 
     warning = too_few_cores(job.stages)
     if warning is None:
         return []
+    network(job, dataset)
     warn(warning)
     return [warning]
 

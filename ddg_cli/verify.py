@@ -18,13 +18,16 @@ def verify(
         str | None,
         typer.Option(help="Problem: geman-mcclure, kuramoto or rotation-chain."),
     ] = None,
-    stages: Annotated[int | None, typer.Option(help="Number of stages K of DDG.")] = None,
+    stages: Annotated[int | None, typer.Option(min=1, help="Number of stages K of DDG.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Step size (the first one).")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Number of iterations T.")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Number of iterations T.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the statements.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Check a convergence statement on a certified problem, over all sample paths."""
+    """Check a convergence statement by exact enumeration.
+
+    The problems have proved constants; the expectations are over all sample paths.
+    """
     from ddg_sim.methods import ddg
     from theory.bounds import STATEMENTS
     from theory.check import check
@@ -39,8 +42,11 @@ def verify(
             return
         print_table(
             "Statements",
-            ["statement", "status", "formula", "note"],
-            [[s.key, s.status.value, s.formula, s.note] for s in STATEMENTS.values()],
+            ["statement", "status, what it says, and what is known about it"],
+            [
+                [s.key, f"{s.status.value}: {s.title}\n{s.formula}\n{s.note}"]
+                for s in STATEMENTS.values()
+            ],
             numeric=False,
         )
         return

@@ -76,16 +76,17 @@ def load(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises many types for broken files
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: is no readable checkpoint ({reason})") from None
-    if (
-        not isinstance(content, dict)
-        or content.get("format") != FORMAT
-        or not isinstance(content.get("weights"), dict)
+    except Exception as error:  # torch raises many types for broken files, at great length
+        raise CheckpointError(
+            f"{path}: is no readable checkpoint: damaged, or not written by 'ddg train --save'"
+        ) from error
+    weights = content.get("weights") if isinstance(content, dict) else None
+    if not (
+        isinstance(weights, dict)
+        and content.get("format") == FORMAT
+        and all(isinstance(tensor, Tensor) for tensor in weights.values())
     ):
         raise CheckpointError(f"{path}: is not a checkpoint written by 'ddg train --save'")
-    weights: dict[str, Tensor] = content["weights"]
     return weights
 
 

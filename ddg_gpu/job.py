@@ -129,7 +129,11 @@ def network(job: Job, dataset: Dataset) -> Network:
     else:
         cuts = job.cuts
         if len(cuts) != job.stages - 1:
-            raise ValueError(f"cuts must have {job.stages - 1} entries, got {list(cuts)}")
+            raise ValueError(
+                f"cuts must give {job.stages - 1} layer"
+                f" {'index' if job.stages == 2 else 'indices'} for stages {job.stages},"
+                f" got {list(cuts)}"
+            )
     modules = split(model, cuts)
     if job.load is not None:
         checkpoint.load_into(model, job.load)

@@ -11,6 +11,7 @@ from ddg_sim.schedule import OpKind
 
 PER_STAGE = ("forward", "backward", "update", "recompute", "overhead")
 PER_LINK = ("activation_transfer", "gradient_transfer")
+MAX_SECONDS = 1e12  # 30 000 years; sums of much larger numbers would overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Costs:
 
     Raises:
         ValueError: naming the argument, the value and what to do, for a wrong number of values,
-            or a value that is negative or not finite.
+            or a value that is negative, not finite or absurdly large.
 
     >>> two = Costs(forward=(1.0, 2.0), backward=(2.0, 4.0))
     >>> two.recompute, two.update, two.gradient_transfer
@@ -210,3 +211,5 @@ def _check(name: str, values: tuple[float, ...], stages: int) -> None:
 def _check_seconds(name: str, value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} is {value}: give a finite number of seconds that is at least 0")
+    if value > MAX_SECONDS:
+        raise ValueError(f"{name} is {value}: give at most {MAX_SECONDS:g} seconds")

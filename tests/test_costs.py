@@ -85,3 +85,9 @@ def test_errors_of_the_class():
         Costs(forward=(1.0,), backward=())
     with pytest.raises(ValueError, match="comm is nan"):
         costs(1, comm=math.nan)  # although one stage has no link
+
+
+def test_costs_that_would_overflow_are_refused():
+    with pytest.raises(ValueError, match=r"forward\[1\] is 1e\+308: give at most 1e\+12 seconds"):
+        Costs(forward=(1.0, 1e308), backward=(1.0, 1.0))
+    assert costs(2, forward=1e12).forward == (1e12, 1e12)

@@ -106,8 +106,8 @@ def check(
             known = ", ".join(STATEMENTS)
             raise ValueError(f"statement {statement!r} is unknown; known are {known}")
         statement = STATEMENTS[statement]
-    gammas = statement.step_rule(gamma, iterations)
     paths = count_paths(problem.num_samples, iterations, schedule.samples_per_iteration)
+    gammas = statement.step_rule(gamma, iterations)
     constants = Constants(
         L=problem.L,
         M=problem.M,

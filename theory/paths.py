@@ -43,16 +43,18 @@ def count_paths(num_samples: int, iterations: int, samples_per_iteration: int = 
     ValueError: iterations = 24 means 2^24 sample paths, more than 10000000; at most 23 fit
     """
     per_iteration = num_samples**samples_per_iteration
+    if per_iteration == 1:
+        return 1
     fits = 0
-    while per_iteration > 1 and per_iteration ** (fits + 1) <= MAX_PATHS:
+    while per_iteration ** (fits + 1) <= MAX_PATHS:
         fits += 1
-    if per_iteration > 1 and iterations > fits:
+    if iterations > fits:
         raise ValueError(
             f"iterations = {iterations} means {per_iteration}^{iterations} sample paths, more than "
             f"{MAX_PATHS}; at most {fits} fit"
         )
-    paths: int = per_iteration**iterations
-    return paths
+    found: int = per_iteration**iterations
+    return found
 
 
 def sample_paths(num_samples: int, length: int, start: int, stop: int) -> IntArray:
