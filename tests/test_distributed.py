@@ -283,9 +283,10 @@ def test_a_chosen_free_port_is_used() -> None:
 # --- As a user runs it --------------------------------------------------------------------------
 
 
-def ddg_process(*words: str) -> subprocess.Popen[str]:
+def ddg_process(*words: str, temporary: Path | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "ddg_cli", *words],
+        env=os.environ if temporary is None else {**os.environ, "TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -347,8 +348,8 @@ def test_killing_a_worker_ends_the_command(rank: int, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers through /proc")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_no_worker_outlives_the_command(how: signal.Signals) -> None:
-    process = ddg_process(*LONG_RUN)
+def test_no_worker_outlives_the_command(how: signal.Signals, tmp_path: Path) -> None:
+    process = ddg_process(*LONG_RUN, temporary=tmp_path)
     try:
         workers = forked_workers(process, 2)
         process.send_signal(how)
@@ -362,7 +363,10 @@ def test_no_worker_outlives_the_command(how: signal.Signals) -> None:
             raise AssertionError(f"workers {workers} are still there")
     finally:
         process.kill()
-    assert process.returncode == (130 if how is signal.SIGINT else -how)
+    codes = {signal.SIGINT: 130, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGKILL: -9}
+    assert process.returncode == codes[how]
+    if how is not signal.SIGKILL:
+        assert list(tmp_path.glob("ddg-*")) == []  # no data set is left behind
 
 
 @pytest.mark.slow
