@@ -16,9 +16,9 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the report.")] = Path(
         "ddg-demo"
     ),
-    model: training.Model = "resnet8",
-    iterations: Annotated[int, typer.Option(min=1, help="Mini-batches per run.")] = 150,
-    batch_size: training.BatchSize = 128,
+    model: training.Model = "resnet20",
+    iterations: Annotated[int, typer.Option(min=1, help="Mini-batches per run.")] = 100,
+    batch_size: training.BatchSize = 64,
     json: training.Json = False,
 ) -> None:
     """Predict, train, compare and verify: the whole loop.

@@ -37,6 +37,7 @@ NAMES = {
     OpKind.ALL_REDUCE: "all-reduce",
 }
 WIDTH, ROW, LABEL_POINTS = 11.0, 0.36, 7.0  # inches, inches per lane, font size in boxes
+THIN = 0.002  # of the time axis
 LINK = 0.55  # height of a link's lane, in lanes
 
 
@@ -48,7 +49,7 @@ def gantt(
 ) -> None:
     """Draw timelines below one another on a common time axis, as SVG or PNG by the suffix.
 
-    A lane per worker, and one per link that was busy; a number in a box names the sample.
+    A lane per worker, and one per link that was visibly busy; a number in a box names the sample.
 
     Args:
         timelines: name to timeline; the first is drawn on top.
@@ -75,6 +76,7 @@ def gantt(
     if not any(shown.values()):
         raise ValueError(f"iterations={iterations} holds no operation: give a window of the run")
     longest = max(span.end for spans in shown.values() for span in spans)
+    shown = {name: _visible(spans, longest) for name, spans in shown.items()}
     unit, scale = _unit(longest)
 
     heights = [_rows(_lanes(spans), spans)[1] for spans in shown.values()]
@@ -137,6 +139,12 @@ def _window(timeline: Timeline, iterations: tuple[int, int] | None) -> list[Span
         )
         for span in spans
     ]
+
+
+def _visible(spans: Sequence[Span], longest: float) -> list[Span]:
+    """Spans without those links all of whose transfers would be thinner than a line."""
+    thick = {span.lane for span in spans if span.op or span.duration > THIN * longest}
+    return [span for span in spans if span.lane in thick]
 
 
 def _lanes(spans: Sequence[Span]) -> list[str]:
