@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: words after ``ddg``; None takes those of the process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # end like any exit, so that temporary files and workers go
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = typer.main.get_command(app).main(words, prog_name="ddg", standalone_mode=False)
     except UsageError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,7 +46,7 @@ def simulate(
     ] = None,
     engine: Annotated[
         str, typer.Option(help="des: SimPy plays the run. cycle: exact max-plus evaluation.")
-    ] = "des",
+    ] = "cycle",
     trace: Annotated[
         Path | None, typer.Option(help="Write a Chrome trace, which Perfetto opens.")
     ] = None,
@@ -58,7 +58,7 @@ def simulate(
     The times are given, measured by 'ddg profile', or 1 s forward and 2 s backward.
     """
     from ddg_sim import methods
-    from ddg_sim.costs import Costs, costs
+    from ddg_sim.costs import costs
     from ddg_sim.predict import predict
     from ddg_sim.profile import read
     from ddg_sim.schedule import Sync
@@ -70,12 +70,15 @@ def simulate(
         raise ValueError(f"unknown --sync {sync!r}; known: {', '.join(modes)}")
     schedule = methods.method(method, stages, modes[sync] if sync else None)
     given = {"forward": forward, "backward": backward, "update": update, "comm": comm}
-    chosen = {name: numbers(f"--{name}", text) for name, text in given.items() if text is not None}
-    table: Costs
+    chosen: dict[str, Any] = {
+        name: numbers(f"--{name}", text) for name, text in given.items() if text is not None
+    }
+    contention: tuple[float, ...] | None = None
     if profile is not None:
         if chosen:
             raise ValueError(f"--{next(iter(chosen))} and --profile exclude each other")
-        table = read(profile).costs()
+        measured = read(profile)
+        table, contention = measured.costs(), measured.contention
         if table.num_stages != stages:
             raise ValueError(
                 f"--stages {stages}: the profile {profile} has {table.num_stages} stages"
@@ -84,7 +87,7 @@ def simulate(
         table = costs(stages, **chosen)
     if iterations is None:
         iterations = max(100, 4 * stages)
-    found = predict(schedule, table, iterations, engine)
+    found = predict(schedule, table, iterations, engine, contention)
     if trace is not None:
         from ddg_sim.trace import write_trace
 
@@ -104,6 +107,7 @@ def simulate(
                 "engine": engine,
                 "iterations": iterations,
                 "period": found.period,
+                "period_is_exact": found.period_is_exact,
                 "speedup_over_bp": found.speedup_over_bp,
                 "makespan": found.timeline.makespan,
                 "utilisation": found.utilisation,

@@ -252,7 +252,7 @@ def validate(
     The costs are measured, unless a profile is given.
     """
     from ddg_gpu.job import Job
-    from ddg_gpu.validate import check_profile, compare, parse_method
+    from ddg_gpu.validate import compare, parse_method
     from ddg_sim import profile as profiles
     from ddg_sim.methods import method
 
@@ -273,10 +273,7 @@ def validate(
         seed=seed,
         cuts=integers("--cuts", cuts),
     )
-    known = None
-    if profile is not None:
-        known = profiles.read(profile)
-        check_profile(known, job)
+    known = None if profile is None else profiles.read(profile)
     dataset = load_data(data, job)
     warnings = core_warnings(job, dataset)
     with progress_bar("profile and run") as progress:

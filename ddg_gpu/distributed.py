@@ -6,6 +6,7 @@ A run is started from here (processes on this machine) or by torchrun.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -21,7 +22,7 @@ from ddg_gpu.execute import Record, Samples, work
 from ddg_gpu.job import Job, make_stage, message_shape, network, num_iterations
 from ddg_gpu.processes import Progress, Report, run_together
 from ddg_gpu.stage import Stage
-from ddg_gpu.transport import GlooTransport
+from ddg_gpu.transport import GlooTransport, Stream
 from ddg_sim.lowering import Message, channels, instructions
 from ddg_sim.schedule import Schedule
 
@@ -107,13 +108,16 @@ def run_stages(
     Raises:
         PeerLostError: if another worker is gone, or does not answer in time.
     """
-    slots = {
-        (channel.relation, channel.target): channel.slots
-        for channel in channels(schedule)
-        if channel.dependency.target.worker == rank
-    }
+    incoming: Counter[Stream] = Counter()
+    outgoing: Counter[Stream] = Counter()
+    for channel in channels(schedule):
+        stream = (channel.relation, channel.target)
+        if channel.dependency.target.worker == rank:
+            incoming[stream] += channel.slots
+        if channel.dependency.source.worker == rank:
+            outgoing[stream] += channel.slots
     program = instructions(schedule, rank, iterations)
-    transport = GlooTransport(schedule, program, slots, shape, timeout)
+    transport = GlooTransport(schedule, program, incoming, outgoing, shape, timeout)
     record = Record()
     dist.barrier()  # start together, so that loading is not mistaken for waiting
     program = instructions(schedule, rank, iterations)
@@ -152,7 +156,7 @@ def run_processes(
         WorkerError: naming the first worker that failed, and why.
     """
     given = {
-        "dataset": {field.name: getattr(dataset, field.name) for field in fields(dataset)},
+        "dataset": dataset_values(dataset),
         "timeout": timeout,
     }
     total = num_iterations(job, Batches(dataset, job.batch_size, job.seed))
@@ -166,6 +170,16 @@ def run_processes(
         progress=progress,
     )
     return [WorkerOutcome(**result) for result in results]
+
+
+def dataset_values(dataset: Dataset) -> dict[str, Any]:
+    """A dataset as tensors and plain values, from which ``Dataset(**values)`` makes it again.
+
+    >>> from ddg_gpu.data import load
+    >>> Dataset(**dataset_values(load("digits"))).name
+    'digits'
+    """
+    return {field.name: getattr(dataset, field.name) for field in fields(dataset)}
 
 
 def _task(job: Job, rank: int, given: dict[str, Any], report: Report) -> dict[str, Any]:

@@ -149,6 +149,8 @@ class LocalTransport:
     def meet(self, barrier: Barrier) -> None:
         """Count one more worker at the barrier."""
         self._met[barrier] = self._met.get(barrier, 0) + 1
+        # Nobody comes to a barrier before all have left the last but one.
+        self._met.pop(Barrier(barrier.number - 2), None)
 
 
 def run_serial(

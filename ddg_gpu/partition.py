@@ -23,7 +23,8 @@ def split(model: nn.Sequential, cuts: Sequence[int]) -> list[nn.Sequential]:
         cuts: K-1 increasing indices in 1..L-1, the first layer of stages 1..K-1.
 
     Raises:
-        ValueError: naming ``cuts`` if they are not increasing and within the model.
+        ValueError: naming ``cuts`` if they are not increasing and within the model, or separate
+            layers that share a parameter.
 
     >>> [len(stage) for stage in split(nn.Sequential(*map(nn.ReLU, [False] * 5)), [2, 4])]
     [2, 2, 1]
@@ -34,7 +35,16 @@ def split(model: nn.Sequential, cuts: Sequence[int]) -> list[nn.Sequential]:
             f"cuts must be increasing layer indices in 1..{len(model) - 1}, got {list(cuts)}"
         )
     layers = list(model)
-    return [nn.Sequential(*layers[left:right]) for left, right in pairwise(bounds)]
+    stages = [nn.Sequential(*layers[left:right]) for left, right in pairwise(bounds)]
+    home: dict[int, int] = {}
+    for index, stage in enumerate(stages):
+        for name, parameter in stage.named_parameters():
+            if home.setdefault(id(parameter), index) != index:
+                raise ValueError(
+                    f"cuts {list(cuts)} separate layers that share a parameter: {name!r} of stage"
+                    f" {index} is also in stage {home[id(parameter)]}"
+                )
+    return stages
 
 
 def balanced_cuts(costs: Sequence[float], num_stages: int) -> list[int]:

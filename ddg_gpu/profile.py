@@ -10,29 +10,34 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ddg_gpu.data import Batches, Dataset
+from ddg_gpu.distributed import dataset_values
 from ddg_gpu.execute import run_serial
 from ddg_gpu.job import Job, Network, make_stage, network
 from ddg_gpu.partition import balanced_cuts
 from ddg_gpu.processes import Progress, Report, run_together
 from ddg_gpu.train import one_thread
-from ddg_sim.methods import Semantics
+from ddg_sim.methods import Semantics, bp
 from ddg_sim.profile import LinkProfile, Profile, StageProfile
-from ddg_sim.schedule import OpKind
+from ddg_sim.schedule import Op, OpKind
 
 #: Mini-batches that are run before anything is timed (allocators and caches settle).
 WARM_UP = 3
-#: Ping-pongs per link.
-ROUNDS = 30
-#: Seconds in which a message has certainly arrived.
-PAUSE = 0.01
+#: Messages per link that are timed, and barriers.
+ROUNDS = 20
+#: Seconds that a stage computes alone, and beside the others, in each of so many turns.
+TURN, TURNS = 0.15, 15
+#: Seconds of computing around a message; a waiting core has gone to sleep by then.
+PAUSE = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,21 @@ class LinkTimes:
 
     transfer: float
     host: float
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTimes:
+    """What is measured between processes, rather than of one stage by itself.
+
+    Args:
+        links: per link.
+        contention: per stage, how many times longer it takes while all others compute.
+        barrier: seconds from the last worker's coming to a barrier until all go on.
+    """
+
+    links: tuple[LinkTimes, ...]
+    contention: tuple[float, ...]
+    barrier: float
 
 
 def measure(
@@ -74,9 +94,9 @@ def measure(
     progress(1, 3)
     samples = time_stages(job, dataset, iterations)
     progress(2, 3)
-    links = time_links(job, dataset)
+    shared = time_shared(job, dataset)
     progress(3, 3)
-    return summarise(job, dataset, [samples], links)
+    return summarise(job, dataset, [samples], shared)
 
 
 def measured_cuts(job: Job, dataset: Dataset, iterations: int) -> tuple[int, ...]:
@@ -142,7 +162,7 @@ def _durations(job: Job, dataset: Dataset, iterations: int) -> Durations:
 
 
 def summarise(
-    job: Job, dataset: Dataset, samples: Sequence[Durations], links: Sequence[LinkTimes]
+    job: Job, dataset: Dataset, samples: Sequence[Durations], shared: SharedTimes
 ) -> Profile:
     """The profile of a job from what was timed: medians over all samples.
 
@@ -150,7 +170,7 @@ def summarise(
         job: what was timed.
         dataset: the data.
         samples: what `time_stages` gave, once or more often.
-        links: what `time_links` gave.
+        shared: what `time_shared` gave.
     """
     parts = network(job, dataset)
     sizes = message_bytes(job, parts)
@@ -171,15 +191,16 @@ def summarise(
                     kind: median(time for chunk in samples for time in chunk[k][kind])
                     for kind in samples[0][k]
                 },
-                links,
+                shared,
                 sizes,
             )
             for k in range(job.stages)
         ],
         links=[
             LinkProfile(activation=link.transfer, gradient=link.transfer, bytes=size)
-            for size, link in zip(sizes, links, strict=True)
+            for size, link in zip(sizes, shared.links, strict=True)
         ],
+        barrier=shared.barrier,
     )
 
 
@@ -192,12 +213,12 @@ def _stage_profile(
     parts: Network,
     index: int,
     times: dict[OpKind, float],
-    links: Sequence[LinkTimes],
+    shared: SharedTimes,
     sizes: Sequence[int],
 ) -> StageProfile:
     # Per iteration a stage sends and receives one message at each of its links. That work of the
     # host is spread over the stage's three operations (forward, backward, update).
-    own = links[max(0, index - 1) : index + 1]
+    own = shared.links[max(0, index - 1) : index + 1]
     module = parts.modules[index]
     return StageProfile(
         layers=[type(layer).__name__ for layer in module],
@@ -206,50 +227,145 @@ def _stage_profile(
         update=times[OpKind.UPDATE],
         recompute=times[OpKind.RECOMPUTE],
         overhead=sum(link.host for link in own) / 3,
+        contention=shared.contention[index],
         output_bytes=sizes[index] if index < len(sizes) else 0,
         parameter_bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
     )
 
 
-def time_links(job: Job, dataset: Dataset) -> list[LinkTimes]:
-    """Time the messages over every link of a job, between two otherwise idle processes."""
+def time_shared(job: Job, dataset: Dataset) -> SharedTimes:
+    """Time messages between two idle processes, and stages beside each other.
+
+    Args:
+        job: what to time; its method does not matter.
+        dataset: the data.
+    """
     sizes = message_bytes(job, network(job, dataset))
     if not sizes:
-        return []
-    first, _ = run_together(_ping_pong, 2, {"sizes": sizes})
-    return [LinkTimes(*times) for times in first["times"]]
+        return SharedTimes((), (1.0,), 0.0)
+    first, second = run_together(_exchange, 2, {"sizes": sizes})
+    links = tuple(
+        LinkTimes(
+            # A short message is there before the sender's call returns.
+            transfer=max(0.0, median(b - a for a, b in zip(sent, received, strict=True))),
+            host=median(sending) + median(receiving),
+        )
+        for sent, received, sending, receiving in zip(
+            first["sent"], second["received"], first["sending"], second["receiving"], strict=True
+        )
+    )
+    both = zip(first["came"], first["left"], second["left"], strict=True)
+    beside = run_together(partial(_beside, job), job.stages, dataset_values(dataset))
+    return SharedTimes(
+        links,
+        tuple(result["contention"] for result in beside),
+        barrier=median(max(left) - came for came, *left in both),
+    )
 
 
-def _ping_pong(rank: int, given: dict[str, Any], _report: Report) -> dict[str, Any]:
-    """Exchange messages as the executor does: the receive is posted ahead of the send."""
-    return {"times": [_exchange(rank, size) for size in given["sizes"]]}
+def _beside(job: Job, rank: int, given: dict[str, Any], _report: Report) -> dict[str, Any]:
+    """Compute alone while the other stages wait, then all at once; the ratio of the two times.
 
+    Both are measured in turns, so that a drift of the machine's speed cancels.
+    """
+    stage = make_stage(job, bp(job.stages), network(job, Dataset(**given)).modules[rank], rank)
+    inputs, targets, error = _stand_ins(job, Dataset(**given), rank)
+    sample = 0
 
-def _exchange(rank: int, size: int) -> tuple[float, float]:
-    outgoing, incoming, peer = torch.zeros(size // 4), torch.empty(size // 4), 1 - rank
-    trips, sends, receives = [], [], []
-    for pause in (0.0, PAUSE):
-        for _ in range(ROUNDS):
-            receive: Any = dist.irecv(incoming, peer)
-            dist.barrier()  # both receives are posted before anything is sent
-            if rank == 0:
-                start = perf_counter()
-                send: Any = dist.isend(outgoing, peer)
-                sent = perf_counter()
-                sleep(pause)
-                waiting = perf_counter()
-                receive.wait()
-                end = perf_counter()
-                if pause:
-                    receives.append(end - waiting)  # it has come already: only the host's part
+    def compute(iterations: int) -> float:
+        nonlocal sample
+        start = perf_counter()
+        for _ in range(iterations):
+            for kind in (OpKind.FORWARD, OpKind.BACKWARD, OpKind.UPDATE):
+                version = sample + (kind is OpKind.UPDATE)
+                op = Op(kind, rank, sample, sample, version)
+                if kind is OpKind.FORWARD:
+                    stage.forward(op, inputs, targets)
+                elif kind is OpKind.BACKWARD:
+                    stage.backward(op, error)
                 else:
-                    sends.append(sent - start)
-                    trips.append(end - start)  # there and back
-            else:
-                receive.wait()
-                send = dist.isend(outgoing, peer)
-            send.wait()
-    if rank == 1:
-        return 0.0, 0.0
-    host = median(sends) + median(receives)
-    return max(0.0, median(trips) / 2 - host), host
+                    stage.update(op)
+            sample += 1
+        return (perf_counter() - start) / iterations
+
+    compute(WARM_UP)
+    iterations = max(1, round(TURN / compute(WARM_UP)))
+    ratios = []
+    for _ in range(TURNS):
+        alone = 0.0
+        for turn in range(job.stages):
+            dist.barrier()
+            if turn == rank:
+                alone = compute(iterations)
+        dist.barrier()
+        # Twice as long, and only the first half counts: then the others are still computing.
+        together = compute(iterations)
+        compute(iterations)
+        ratios.append(together / alone)
+    return {"contention": max(1.0, median(ratios))}
+
+
+def _stand_ins(job: Job, dataset: Dataset, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Random tensors of the right shapes: a stage's inputs, labels, and error from above."""
+    batches = Batches(dataset, job.batch_size, job.seed)
+    boundaries = network(job, dataset).boundaries
+    inputs = batches.inputs(0)
+    if rank > 0:
+        inputs = torch.randn(job.batch_size, *boundaries[rank - 1])
+    is_last = rank == job.stages - 1
+    error = None if is_last else 1e-3 * torch.randn(job.batch_size, *boundaries[rank])
+    return inputs, batches.targets(0), error
+
+
+def _exchange(rank: int, given: dict[str, Any], _report: Report) -> dict[str, Any]:
+    """Send messages from rank 0 to rank 1 as the executor does: the receive is posted ahead.
+
+    The sender computes until it sends. The receiver waits idly, as a worker without work does; in
+    a second round it computes while the message comes, so that only the host's part is left.
+    Times are on the clock that all processes of a machine share.
+    """
+    found: dict[str, Any] = {
+        key: [] for key in ("sent", "sending", "received", "receiving", "came", "left")
+    }
+    for size in given["sizes"]:
+        tensor, peer = torch.zeros(size // 4), 1 - rank
+        for key in ("sent", "sending", "received", "receiving"):
+            found[key].append([])
+        for receiver_computes in (False, True):
+            for _ in range(ROUNDS):
+                if rank == 0:
+                    dist.barrier()
+                    _spin(PAUSE)
+                    start = perf_counter()
+                    send: Any = dist.isend(tensor, peer)
+                    end = perf_counter()
+                    send.wait()
+                    if not receiver_computes:
+                        found["sent"][-1].append(end)
+                        found["sending"][-1].append(end - start)
+                else:
+                    receive: Any = dist.irecv(tensor, peer)
+                    dist.barrier()  # the receive is posted before anything is sent
+                    if receiver_computes:
+                        _spin(3 * PAUSE)
+                    start = perf_counter()
+                    receive.wait()
+                    end = perf_counter()
+                    if receiver_computes:
+                        found["receiving"][-1].append(end - start)
+                    else:
+                        found["received"][-1].append(end)
+    for _ in range(ROUNDS):
+        dist.barrier()
+        if rank == 0:
+            _spin(PAUSE)  # so it comes last
+        found["came"].append(perf_counter())
+        dist.barrier()
+        found["left"].append(perf_counter())
+    return found
+
+
+def _spin(seconds: float) -> None:
+    end = perf_counter() + seconds
+    while perf_counter() < end:
+        pass

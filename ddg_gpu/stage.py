@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddg_gpu.weights import VersionStore, Weights, call
-from ddg_sim.schedule import Activations, Op, OpKind, Schedule, staleness
+from ddg_sim.schedule import Activations, Op, OpKind, Schedule, ScheduleError, staleness
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -48,6 +48,9 @@ class Stage:
         seed: int = 0,
         loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
     ) -> None:
+        lagging = [t for t in schedule.templates() if t.stage == index and t.version_lag]
+        if lagging:
+            raise ScheduleError(f"{lagging[0]}: the torch backend keeps no versions nobody reads")
         self.module = module
         self.index = index
         self.losses: dict[int, float] = {}
@@ -57,7 +60,7 @@ class Stage:
         self._store = VersionStore(module, schedule.rule, staleness(schedule)[index] > 0)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = optimizer(self._parameters) if self._parameters else None
-        self._gradients: tuple[Tensor | None, ...] = ()
+        self._gradients: dict[int, tuple[Tensor | None, ...]] = {}  # by sample
         self._in_flight: dict[int, InFlight] = {}
         self._seed = seed
         self._loss = loss
@@ -92,8 +95,9 @@ class Stage:
         on copies that are thrown away.
         """
         sample = self._in_flight[op.sample]
+        weights = self._store.acquire(op.version)  # first, for it may be the version let go
         self._store.release(sample.version)
-        sample.version, sample.weights = op.version, self._store.acquire(op.version)
+        sample.version, sample.weights = op.version, weights
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         self._run(op, sample, {**sample.weights, **buffers})
 
@@ -117,17 +121,21 @@ class Stage:
         if wanted:
             gradients = torch.autograd.grad(sample.output, wanted, gradient, allow_unused=True)
         self._store.release(sample.version)
-        self._gradients = gradients[:count]
+        self._gradients[op.sample] = gradients[:count]
         return None if self._is_first else gradients[count]
 
     def update(self, op: Op) -> None:
-        """Apply the gradients of the sample, at the learning rate in force now."""
+        """Apply the mean gradient of all samples up to the operation's that were not applied yet.
+
+        The learning rate is the one in force now.
+        """
+        samples = [sample for sample in sorted(self._gradients) if sample <= op.sample]
+        found = [self._gradients.pop(sample) for sample in samples]
         if self._optimizer is not None:
-            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-                parameter.grad = gradient
+            for parameter, *gradients in zip(self._parameters, *found, strict=True):
+                parameter.grad = _mean(gradients)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
-        self._gradients = ()
         self._store.updated()
         if self._store.newest != op.version:
             raise RuntimeError(f"{op} produced version {self._store.newest}")
@@ -143,6 +151,14 @@ class Stage:
             if op.kind is OpKind.FORWARD:
                 self.losses[op.sample] = float(sample.output.detach())
         return output.detach()
+
+
+def _mean(gradients: list[Tensor | None]) -> Tensor | None:
+    """Mean over samples; None where the loss does not depend on the parameter."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not present:
+        return None
+    return present[0] if len(gradients) == 1 else torch.stack(present).sum(0) / len(gradients)
 
 
 @contextmanager

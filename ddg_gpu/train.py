@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -109,7 +109,7 @@ def _train_serial(job: Job, dataset: Dataset, progress: Progress) -> Run:
 
 def _assemble(job: Job, dataset: Dataset, outcomes: Sequence[WorkerOutcome]) -> Run:
     """The whole model again, from what the workers hand back."""
-    parts = network(job, dataset)
+    parts = network(replace(job, load=None), dataset)  # that file may be another by now
     parts.model.load_state_dict(
         {name: tensor for outcome in outcomes for name, tensor in outcome.weights.items()}
     )

@@ -34,7 +34,8 @@ class GlooTransport:
     Args:
         schedule: tells which worker holds a stage.
         program: the worker's instructions once more: its future receives, in order.
-        slots: ring slots of each stream that this worker receives.
+        incoming: ring slots of each stream that this worker receives.
+        outgoing: ring slots of each stream that it sends.
         shape: shape of a message's tensor (float32).
         timeout: seconds that any wait may last.
     """
@@ -43,18 +44,21 @@ class GlooTransport:
         self,
         schedule: Schedule,
         program: Iterable[Instruction],
-        slots: dict[Stream, int],
+        incoming: dict[Stream, int],
+        outgoing: dict[Stream, int],
         shape: Callable[[Message], torch.Size],
         timeout: float,
     ) -> None:
         self._rank = {stage: schedule.worker_of(stage) for stage in range(schedule.num_stages)}
         self._shape = shape
         self._timeout = timedelta(seconds=timeout)
+        self._num_stages = schedule.num_stages
         self._sent: dict[Stream, deque[tuple[Message, Tensor, Any]]] = {}
-        self._future: dict[Stream, deque[Message]] = {stream: deque() for stream in slots}
+        self._outgoing = outgoing
+        self._future: dict[Stream, deque[Message]] = {stream: deque() for stream in incoming}
         self._upcoming = _receives(program)
         self._posted: dict[Message, tuple[Tensor, Any]] = {}
-        for stream, count in slots.items():
+        for stream, count in incoming.items():
             for _ in range(count):
                 self._post(stream)
 
@@ -63,13 +67,21 @@ class GlooTransport:
         return True
 
     def send(self, message: Message, tensor: Tensor) -> None:
-        """Start a send; the tensor is kept until it has been received."""
+        """Start a send; at most as many tensors are kept as the stream has ring slots.
+
+        So a send waits only where the message that used the slot before has not been received,
+        which the slots' number rules out in a healthy run. (Asking a gloo send whether it is
+        complete would not do: it says no until it has been waited for.)
+
+        Raises:
+            PeerLostError: if the receiver is gone, or did not take that message within the limit.
+        """
         stream = (message.relation, message.target)
         sent = self._sent.setdefault(stream, deque())
-        while sent and sent[0][2].is_completed():
-            sent.popleft()
+        while len(sent) >= self._outgoing[stream]:
+            self._finish(*sent.popleft())
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, self._rank[message.target], tag=_tag(message))
+        work = dist.isend(tensor, self._rank[message.target], tag=self._tag(message))
         sent.append((message, tensor, work))
 
     def receive(self, message: Message) -> Tensor:
@@ -93,9 +105,16 @@ class GlooTransport:
     def close(self) -> None:
         """Wait until everything that was sent has been received."""
         for sent in self._sent.values():
-            for message, _, work in sent:
-                self._wait(work, f"until {message} was received", message.target)
-            sent.clear()
+            while sent:
+                self._finish(*sent.popleft())
+
+    @property
+    def kept(self) -> dict[Stream, int]:
+        """Sent tensors that are kept now, per stream."""
+        return {stream: len(sent) for stream, sent in self._sent.items()}
+
+    def _finish(self, message: Message, _tensor: Tensor, work: Any) -> None:
+        self._wait(work, f"until {message} was received", message.target)
 
     def _wait(self, work: Any, what: str, stage: int) -> None:
         try:
@@ -117,16 +136,16 @@ class GlooTransport:
             self._future[message.relation, message.target].append(message)
         message = future.popleft()
         tensor = torch.empty(self._shape(message))
-        work = dist.irecv(tensor, self._rank[message.source], tag=_tag(message))
+        work = dist.irecv(tensor, self._rank[message.source], tag=self._tag(message))
         self._posted[message] = (tensor, work)
+
+    def _tag(self, message: Message) -> int:
+        """Tells apart all messages between two ranks, which may hold several stages each."""
+        direction = int(message.relation is Relation.GRADIENT)
+        return (2 * message.sample + direction) * self._num_stages + message.target
 
 
 def _receives(program: Iterable[Instruction]) -> Iterator[Message]:
     for instruction in program:
         if isinstance(instruction, Receive):
             yield instruction.message
-
-
-def _tag(message: Message) -> int:
-    """Tag of a message: between two ranks it need only tell samples and directions apart."""
-    return 2 * message.sample + int(message.relation is Relation.GRADIENT)

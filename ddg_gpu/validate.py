@@ -12,17 +12,16 @@ from ddg_gpu.job import Job
 from ddg_gpu.processes import Progress
 from ddg_gpu.profile import (
     Durations,
-    LinkTimes,
+    SharedTimes,
     measured_cuts,
     summarise,
-    time_links,
+    time_shared,
     time_stages,
 )
 from ddg_gpu.train import Run, train
-from ddg_sim.cycletime import cycle_time
+from ddg_sim.predict import predict
 from ddg_sim.profile import Profile
 from ddg_sim.schedule import Sync
-from ddg_sim.simulate import simulate
 from ddg_sim.timeline import Timeline
 
 #: Mini-batches to time per stage before every run.
@@ -114,13 +113,13 @@ def compare(
     }
     for own in jobs.values():
         own.schedule()  # all names are checked before anything runs
-    links: list[LinkTimes] = []
+    shared: SharedTimes | None = None
     if profile is not None:
-        check_profile(profile, job)
+        check_profile(profile, job, dataset.name)
         cuts = tuple(profile.cuts)
     else:
         cuts = job.cuts if job.cuts is not None else measured_cuts(job, dataset, CHUNK)
-        links = time_links(replace(job, cuts=cuts), dataset)
+        shared = time_shared(replace(job, cuts=cuts), dataset)
     jobs = {name: replace(own, cuts=cuts) for name, own in jobs.items()}
 
     samples: list[Durations] = []
@@ -137,21 +136,22 @@ def compare(
         if run is None:
             raise ValueError("a comparison starts its own processes: do not run it under torchrun")
         runs[name].append(run)
-    if profile is None:
-        profile = summarise(replace(job, cuts=cuts), dataset, samples, links)
+    if shared is not None:
+        profile = summarise(replace(job, cuts=cuts), dataset, samples, shared)
+    assert profile is not None
     return profile, [_comparison(name, profile, runs[name]) for name in jobs]
 
 
 def _comparison(name: str, profile: Profile, runs: Sequence[Run]) -> Comparison:
-    schedule, costs = runs[0].job.schedule(), profile.costs()
-    cycle = cycle_time(schedule, costs)
+    schedule, iterations = runs[0].job.schedule(), runs[0].timeline.iterations
+    found = predict(schedule, profile.costs(), iterations, contention=profile.contention)
     measured = median(run.timeline.period for run in runs)
     return Comparison(
         name,
-        cycle.period,
+        found.period,
         measured,
-        cycle.explain(),
-        simulate(schedule, costs, runs[0].timeline.iterations),
+        found.cycle.explain(),
+        found.timeline,
         min(runs, key=lambda run: abs(run.timeline.period - measured)),
     )
 
@@ -188,15 +188,29 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def check_profile(profile: Profile, job: Job) -> None:
+def check_profile(profile: Profile, job: Job, data: str) -> None:
     """Check that a profile is of what is going to run.
+
+    Args:
+        profile: what was measured.
+        job: what is going to run.
+        data: name of the dataset.
 
     Raises:
         ValueError: naming the first thing that differs.
     """
-    wanted = {"model": job.model, "batch_size": job.batch_size, "stages": job.stages}
+    wanted: dict[str, object] = {
+        "model": job.model,
+        "data": data,
+        "batch_size": job.batch_size,
+        "stages": job.stages,
+    }
+    if job.cuts is not None:
+        wanted["cuts"] = list(job.cuts)
     found = {
         "model": profile.model,
+        "data": profile.data,
+        "cuts": profile.cuts,
         "batch_size": profile.batch_size,
         "stages": len(profile.stages),
     }

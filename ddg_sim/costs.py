@@ -26,6 +26,7 @@ class Costs:
         activation_transfer: per link; link k joins stage k and stage k+1; left out, 0.
         gradient_transfer: per link, from stage k+1 to stage k; left out, 0.
         overhead: host seconds that every operation of the stage costs on top; left out, 0.
+        barrier: seconds from the last worker's coming to a barrier until all go on.
 
     Raises:
         ValueError: naming the argument, the value and what to do, for a wrong number of values,
@@ -47,6 +48,7 @@ class Costs:
     activation_transfer: tuple[float, ...] = ()
     gradient_transfer: tuple[float, ...] = ()
     overhead: tuple[float, ...] = ()
+    barrier: float = 0.0
 
     def __post_init__(self) -> None:
         stages = len(self.forward)
@@ -63,6 +65,7 @@ class Costs:
             object.__setattr__(self, name, getattr(self, name) or default)
         for name in PER_STAGE + PER_LINK:
             _check(name, getattr(self, name), stages)
+        _check_seconds("barrier", self.barrier)
 
     @property
     def num_stages(self) -> int:
@@ -130,6 +133,7 @@ def costs(
     activation_transfer: Seconds | None = None,
     gradient_transfer: Seconds | None = None,
     overhead: Seconds = 0.0,
+    barrier: float = 0.0,
 ) -> Costs:
     """Costs of ``num_stages`` stages; a single number stands for all stages, or all links.
 
@@ -146,13 +150,14 @@ def costs(
         activation_transfer: seconds per link; None takes ``comm``.
         gradient_transfer: seconds per link; None takes ``comm``.
         overhead: host seconds added to every operation, per stage.
+        barrier: seconds from the last worker's coming to a barrier until all go on.
 
     Raises:
         ValueError: see `Costs`; also for ``num_stages`` < 1.
 
     >>> costs(2, forward=(1, 3), comm=0.5)
     Costs(forward=(1.0, 3.0), backward=(2.0, 2.0), update=(0.0, 0.0), recompute=(1.0, 3.0),
-          activation_transfer=(0.5,), gradient_transfer=(0.5,), overhead=(0.0, 0.0))
+          activation_transfer=(0.5,), gradient_transfer=(0.5,), overhead=(0.0, 0.0), barrier=0.0)
     """
     if num_stages < 1:
         raise ValueError(f"num_stages must be at least 1, got {num_stages}")
@@ -175,6 +180,7 @@ def costs(
         activation_transfer=links("activation_transfer", activation_transfer),
         gradient_transfer=links("gradient_transfer", gradient_transfer),
         overhead=stages("overhead", overhead),
+        barrier=float(barrier),
     )
 
 

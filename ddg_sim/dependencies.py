@@ -8,7 +8,7 @@ and consuming. Deadlock, memory bounds and the steady-state period are propertie
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import johnson
 
-from ddg_sim.schedule import OpKind, OpTemplate, Schedule, ScheduleError, Sync
+from ddg_sim.schedule import Activations, OpKind, OpTemplate, Schedule, ScheduleError, Sync
 
 BACKWARDS = (OpKind.BACKWARD, OpKind.BACKWARD_INPUT)
 
@@ -250,6 +250,10 @@ def _check_cells(schedule: Schedule) -> None:
         where = _where(schedule, node)
         if not 0 <= template.stage < schedule.num_stages:
             raise ScheduleError(f"{where}: stage must be in 0..{schedule.num_stages - 1}")
+        if template.version_lag < 0:
+            raise ScheduleError(f"{where}: no version is newer than the newest")
+        if template.kind is OpKind.UPDATE and template.sample % m != m - 1:
+            raise ScheduleError(f"{where}: an update must close a group of {m} samples")
         if template.sample >= m:
             raise ScheduleError(f"{where}: its sample has not entered yet (offset must be < {m})")
         if home.setdefault(template.stage, node.worker) != node.worker:
@@ -259,12 +263,20 @@ def _check_cells(schedule: Schedule) -> None:
             raise ScheduleError(f"{where}: repeats {_where(schedule, seen[key])}")
         seen[key] = node
     for stage in range(schedule.num_stages):
-        for kinds in ((OpKind.FORWARD,), BACKWARDS):
-            count = sum((kind, stage, residue) in seen for kind in kinds for residue in range(m))
-            if count != m:
+        found = Counter(kind for kind, its_stage, _ in seen if its_stage == stage)
+        stored = schedule.rule.activations is Activations.INPUT
+        needed = {
+            OpKind.FORWARD: m,
+            OpKind.BACKWARD: m - found[OpKind.BACKWARD_INPUT],
+            OpKind.BACKWARD_WEIGHT: found[OpKind.BACKWARD_INPUT],
+            OpKind.RECOMPUTE: m if stored else found[OpKind.RECOMPUTE],
+            OpKind.UPDATE: 1,
+        }
+        for kind, count in needed.items():
+            if found[kind] != count:
                 raise ScheduleError(
-                    f"stage {stage}: has {count} {kinds[0].value} operations per iteration,"
-                    f" needs {m}"
+                    f"stage {stage}: has {found[kind]} {kind.value} operations per iteration,"
+                    f" needs {count}"
                 )
 
 

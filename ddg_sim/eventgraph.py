@@ -100,7 +100,7 @@ def event_graph(schedule: Schedule, costs: Costs) -> EventGraph:
             links[edge.source.worker, edge.target.worker].append(transfer)
     for transfers in links.values():
         arcs.extend(_link_order(events, transfers))
-    _add_barriers(schedule, index, events, arcs)
+    _add_barriers(schedule, costs, index, events, arcs)
     return EventGraph(schedule, tuple(events), tuple(arcs))
 
 
@@ -148,12 +148,12 @@ def _link_order(events: list[Event], transfers: list[int]) -> list[Arc]:
 
 
 def _add_barriers(
-    schedule: Schedule, index: dict[Node, int], events: list[Event], arcs: list[Arc]
+    schedule: Schedule, costs: Costs, index: dict[Node, int], events: list[Event], arcs: list[Arc]
 ) -> None:
     meetings = [barrier_indices(schedule, worker) for worker in range(len(schedule.workers))]
     for group in zip(*meetings, strict=True):
         barrier = len(events)
-        events.append(Event("barrier", 0.0))
+        events.append(Event("barrier", costs.barrier))
         for worker, position in enumerate(group):
             length = len(schedule.workers[worker])
             after = index[Node(worker, (position + 1) % length)]
@@ -189,7 +189,7 @@ def retiming(graph: EventGraph) -> tuple[int, ...]:
 
 
 def existence(graph: EventGraph, iterations: int) -> list[range]:
-    """Per event the iterations in which its sample exists; a barrier lasts no time anyway.
+    """Per event the iterations in which its sample exists; a barrier is in every one of the run.
 
     >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
@@ -197,8 +197,9 @@ def existence(graph: EventGraph, iterations: int) -> list[range]:
     [range(0, 5), range(1, 6)]
     """
     m = graph.schedule.samples_per_iteration
-    lags = [-((event.sample or 0) // m) for event in graph.events]
-    return [range(lag, iterations + lag) for lag in lags]
+    every = range(graph.schedule.num_ticks(iterations))
+    lags = [None if event.sample is None else -(event.sample // m) for event in graph.events]
+    return [every if lag is None else range(lag, iterations + lag) for lag in lags]
 
 
 def unroll(

@@ -131,7 +131,8 @@ def method(
     """Schedule of the method called ``name``; ``sync`` None is the method's default.
 
     Raises:
-        ValueError: for an unknown name, ``num_stages`` < 1, or a sync mode that the method lacks.
+        ValueError: for an unknown name, ``num_stages`` < 1, or a sync mode or semantics that the
+            method lacks.
 
     >>> method("ddg", 4) == ddg(4)
     True
@@ -141,5 +142,9 @@ def method(
     if name == "bp":
         if sync not in (None, Sync.NONE):
             raise ValueError(f"sync {sync.value!r} does not apply to bp, which has no sync modes")
+        if semantics is not Semantics.STASH:
+            raise ValueError(
+                f"semantics {semantics.value!r} does not apply to bp, which has no delay"
+            )
         return bp(num_stages)
     raise ValueError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}")

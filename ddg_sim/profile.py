@@ -20,7 +20,10 @@ Bytes = Annotated[int, Field(ge=0, strict=True)]
 
 
 class StageProfile(BaseModel):
-    """One stage: seconds per operation on one mini-batch, sizes in bytes."""
+    """One stage: seconds per operation on one mini-batch when it computes alone, sizes in bytes.
+
+    ``contention`` says how many times longer its operations take while all others compute too.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,6 +33,7 @@ class StageProfile(BaseModel):
     update: Seconds
     recompute: Seconds
     overhead: Seconds
+    contention: Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True)] = 1.0
     output_bytes: Bytes
     parameter_bytes: Bytes
 
@@ -46,6 +50,8 @@ class LinkProfile(BaseModel):
 
 class Profile(BaseModel):
     """A measured model, cut into stages; ``cuts`` holds the first layer of stages 1..K-1.
+
+    ``barrier`` is the seconds from the last worker's coming to a barrier until all go on.
 
     >>> stage = StageProfile(layers=["fc"], forward=0.1, backward=0.2, update=0.01, recompute=0.1,
     ...                      overhead=0.0, output_bytes=40, parameter_bytes=400)
@@ -67,6 +73,7 @@ class Profile(BaseModel):
     cuts: list[Annotated[int, Field(ge=1, strict=True)]]
     stages: Annotated[list[StageProfile], Field(min_length=1)]
     links: list[LinkProfile]
+    barrier: Seconds = 0.0
 
     @model_validator(mode="after")
     def _lengths(self) -> Profile:
@@ -81,8 +88,13 @@ class Profile(BaseModel):
             raise ValueError(f"cuts must increase, got {self.cuts}")
         return self
 
+    @property
+    def contention(self) -> tuple[float, ...]:
+        """Per stage, how many times longer it takes while all others compute; see `contended`."""
+        return tuple(stage.contention for stage in self.stages)
+
     def costs(self) -> Costs:
-        """The costs that the simulator needs, in seconds."""
+        """Seconds of every operation when its stage computes alone, and of every message."""
         return Costs(
             forward=tuple(stage.forward for stage in self.stages),
             backward=tuple(stage.backward for stage in self.stages),
@@ -91,6 +103,7 @@ class Profile(BaseModel):
             activation_transfer=tuple(link.activation for link in self.links),
             gradient_transfer=tuple(link.gradient for link in self.links),
             overhead=tuple(stage.overhead for stage in self.stages),
+            barrier=self.barrier,
         )
 
     def write(self, path: str | Path) -> None:

@@ -135,8 +135,12 @@ class _Run:
         present.append(worker)
         if len(present) == len(self.schedule.workers):
             del self._barriers[number]
-            everyone.succeed()
+            self.env.process(self._release(everyone))
         return everyone
+
+    def _release(self, everyone: simpy.Event) -> Process:
+        yield self.env.timeout(self.costs.barrier)
+        everyone.succeed()
 
 
 def steady_period(schedule: Schedule, costs: Costs, max_iterations: int = 4096) -> float:

@@ -139,3 +139,48 @@ def current_weights_chain(
             weights[k] = weights[k] - rate * gradient
             errors[k - 1, sample] = error
     return weights
+
+
+def recursive_training(
+    reads: dict[tuple[int, int], int],
+    groups: dict[tuple[int, int], list[int]],
+    weights: Sequence[Tensor],
+    data: Toy,
+    rate: float,
+) -> list[Tensor]:
+    """Final weights of tanh stages under plain SGD, from what each sample reads, by recursion.
+
+    w_k after update v is w_k before it, less the mean over the group of ∇_k f_s at the weights
+    that sample s read; no order of execution is followed.
+
+    Args:
+        reads: (stage, sample) -> version of the stage's weights that the sample's pass read.
+        groups: (stage, version) -> samples whose mean gradient produced that version.
+        weights: initial weights per stage, square.
+        data: the samples.
+        rate: step size.
+    """
+    versions = {(stage, 0): weight for stage, weight in enumerate(weights)}
+    gradients: dict[int, tuple[Tensor, ...]] = {}
+
+    def weight(stage: int, version: int) -> Tensor:
+        if (stage, version) not in versions:
+            group = groups[stage, version]
+            mean = sum(gradient(sample)[stage] for sample in group) / len(group)
+            versions[stage, version] = weight(stage, version - 1) - rate * mean
+        return versions[stage, version]
+
+    def gradient(sample: int) -> tuple[Tensor, ...]:
+        if sample not in gradients:
+            read = [
+                weight(stage, reads[stage, sample]).detach().requires_grad_()
+                for stage in range(len(weights))
+            ]
+            value = data.inputs(sample).double()
+            for own in read:
+                value = torch.tanh(value @ own)
+            gradients[sample] = torch.autograd.grad((value**2).sum(), read)
+        return gradients[sample]
+
+    last = {stage: max(v for k, v in groups if k == stage) for stage in range(len(weights))}
+    return [weight(stage, last[stage]).detach() for stage in range(len(weights))]

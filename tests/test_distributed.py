@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from oracles import Toy, toy_stages
 
+from ddg_gpu import distributed
 from ddg_gpu.data import load
 from ddg_gpu.distributed import run_stages
 from ddg_gpu.execute import run_serial
@@ -23,9 +24,11 @@ from ddg_gpu.job import Job
 from ddg_gpu.processes import WorkerError, run_together
 from ddg_gpu.stage import Stage
 from ddg_gpu.train import train
-from ddg_sim.lowering import Message
+from ddg_gpu.transport import GlooTransport
+from ddg_sim.dependencies import validate
+from ddg_sim.lowering import Message, channels
 from ddg_sim.methods import Semantics, bp, ddg
-from ddg_sim.schedule import OpKind, Schedule, Sync
+from ddg_sim.schedule import OpKind, Schedule, Sync, parse
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3),
@@ -59,6 +62,65 @@ def toy_task(
         "losses": stage.losses,
         "held": stage.held,
     }
+
+
+def two_stages_per_worker_task(rank: int, given: dict[str, Any], report: Any) -> dict[str, Any]:
+    schedule = parse(TWO_STAGES_PER_WORKER)
+    modules = toy_stages(4)
+    mine = {k: Stage(modules[k], k, schedule, OPTIMIZERS["sgd"]) for k in (rank, rank + 2)}
+    boundaries = toy_boundaries(4)
+
+    def shape(message: Message) -> torch.Size:
+        return boundaries[min(message.source, message.target)]
+
+    run_stages(schedule, rank, mine, Toy(), shape, ITERATIONS, timeout=30)
+    return {"state": {k: stage.module.state_dict() for k, stage in mine.items()}}
+
+
+TWO_STAGES_PER_WORKER = """\
+ddg stages=4 sync=none activations=graph jacobian=stashed samples=1
+worker 0: F0(t) B2(t-1) U2(t-1) F2(t) B0(t-3) U0(t-3)
+worker 1: F1(t) B3(t-1) U3(t-1) F3(t) B1(t-2) U1(t-2)"""
+
+
+def test_workers_may_hold_several_stages() -> None:
+    schedule = parse(TWO_STAGES_PER_WORKER)
+    validate(schedule)
+    modules = toy_stages(4)
+    stages = [Stage(m, k, schedule, OPTIMIZERS["sgd"]) for k, m in enumerate(modules)]
+    run_serial(schedule, stages, Toy(), ITERATIONS)
+    results = run_together(two_stages_per_worker_task, 2, {})
+    states = {k: state for result in results for k, state in result["state"].items()}
+    for k, module in enumerate(modules):
+        own = module.state_dict()
+        assert all(torch.equal(own[name], states[k][name]) for name in own)
+
+
+def kept_task(rank: int, given: dict[str, Any], report: Any) -> dict[str, Any]:
+    """Count how many sent tensors the transport keeps while a run goes on."""
+    schedule, kept = ddg(3), []
+
+    class Watched(GlooTransport):
+        def send(self, message: Message, tensor: torch.Tensor) -> None:
+            super().send(message, tensor)
+            kept.append(max(self.kept.values()))
+
+    distributed.GlooTransport = Watched  # type: ignore[misc]
+    stage = Stage(toy_stages(3)[rank], rank, schedule, OPTIMIZERS["sgd"])
+    boundaries = toy_boundaries(3)
+
+    def shape(message: Message) -> torch.Size:
+        return boundaries[min(message.source, message.target)]
+
+    run_stages(schedule, rank, {rank: stage}, Toy(), shape, 40, timeout=30)
+    return {"kept": kept}
+
+
+def test_no_more_sent_tensors_are_kept_than_there_are_ring_slots() -> None:
+    slots = max(channel.slots for channel in channels(ddg(3)))
+    for result in run_together(kept_task, 3, {}):
+        assert len(result["kept"]) >= 40
+        assert max(result["kept"]) <= slots
 
 
 CASES = [
@@ -221,9 +283,10 @@ def test_a_chosen_free_port_is_used() -> None:
 # --- As a user runs it --------------------------------------------------------------------------
 
 
-def ddg_process(*words: str) -> subprocess.Popen[str]:
+def ddg_process(*words: str, temporary: Path | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "ddg_cli", *words],
+        env=os.environ if temporary is None else {**os.environ, "TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -285,8 +348,8 @@ def test_killing_a_worker_ends_the_command(rank: int, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers through /proc")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_no_worker_outlives_the_command(how: signal.Signals) -> None:
-    process = ddg_process(*LONG_RUN)
+def test_no_worker_outlives_the_command(how: signal.Signals, tmp_path: Path) -> None:
+    process = ddg_process(*LONG_RUN, temporary=tmp_path)
     try:
         workers = forked_workers(process, 2)
         process.send_signal(how)
@@ -300,7 +363,10 @@ def test_no_worker_outlives_the_command(how: signal.Signals) -> None:
             raise AssertionError(f"workers {workers} are still there")
     finally:
         process.kill()
-    assert process.returncode == (130 if how is signal.SIGINT else -how)
+    codes = {signal.SIGINT: 130, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGKILL: -9}
+    assert process.returncode == codes[how]
+    if how is not signal.SIGKILL:
+        assert list(tmp_path.glob("ddg-*")) == []  # no data set is left behind
 
 
 @pytest.mark.slow

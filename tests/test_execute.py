@@ -6,14 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracles import (
     Toy,
     current_weights_chain,
     delayed_training,
+    recursive_training,
     toy_layers,
     toy_stages,
     whole_model_loss,
 )
+from strategies import schedules
 from torch import Tensor, nn
 
 from ddg_gpu.execute import LocalTransport, run_serial
@@ -21,7 +25,18 @@ from ddg_gpu.stage import Stage, seeded
 from ddg_gpu.train import one_thread
 from ddg_sim.lowering import memory
 from ddg_sim.methods import Semantics, bp, ddg
-from ddg_sim.schedule import OpKind, Schedule, ScheduleError, Sync
+from ddg_sim.schedule import (
+    Activations,
+    Jacobian,
+    OpKind,
+    Rule,
+    Schedule,
+    ScheduleError,
+    Sync,
+    backward,
+    forward,
+    update,
+)
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
@@ -149,6 +164,58 @@ def test_current_and_replay_equal_hand_written_backward_passes(
     )
     for module, weight in zip(modules, expected, strict=True):
         torch.testing.assert_close(module.weight.detach(), weight, rtol=1e-12, atol=1e-12)
+
+
+@given(schedules(max_stages=3), st.integers(1, 5), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_any_stashing_schedule_equals_the_recursion_over_versions(
+    schedule: Schedule, iterations: int, recomputes: bool
+) -> None:
+    """Random lags, micro-batches and homes of stages; activations kept or recomputed."""
+    has_recompute = any(t.kind is OpKind.RECOMPUTE for t in schedule.templates())
+    stored = Activations.INPUT if has_recompute and recomputes else Activations.GRAPH
+    schedule = replace(schedule, rule=Rule(stored, Jacobian.STASHED))
+    reads: dict[tuple[int, int], int] = {}
+    groups: dict[tuple[int, int], list[int]] = {}
+    m = schedule.samples_per_iteration
+    for worker in range(len(schedule.workers)):
+        for op in schedule.program(worker, iterations):
+            if op.kind is OpKind.FORWARD:
+                reads[op.stage, op.sample] = op.version
+            elif op.kind is OpKind.UPDATE:
+                groups[op.stage, op.version] = list(range(op.sample - m + 1, op.sample + 1))
+    data, generator = Toy(shape=(3,)), torch.Generator().manual_seed(3)
+    initial = [
+        torch.randn(3, 3, generator=generator, dtype=torch.float64)
+        for _ in range(schedule.num_stages)
+    ]
+    expected = recursive_training(reads, groups, initial, data, rate=0.05)
+
+    class Double(Toy):
+        def inputs(self, sample: int) -> Tensor:
+            return super().inputs(sample).double()
+
+    modules = [LinearTanh(weight) for weight in initial]
+    stages = [
+        Stage(
+            module,
+            k,
+            schedule,
+            lambda p: torch.optim.SGD(p, lr=0.05),
+            loss=lambda outputs, targets: (outputs**2).sum(),
+        )
+        for k, module in enumerate(modules)
+    ]
+    run_serial(schedule, stages, Double(shape=(3,)), iterations)
+    for module, weight in zip(modules, expected, strict=True):
+        torch.testing.assert_close(module.weight.detach(), weight, rtol=1e-12, atol=1e-12)
+    assert [stage.held for stage in stages] == [(0, 1)] * schedule.num_stages
+
+
+def test_older_weights_than_the_newest_are_refused() -> None:
+    schedule = Schedule("2bw", 1, ((forward(0, version_lag=1), backward(0), update(0)),))
+    with pytest.raises(ScheduleError, match="keeps no versions nobody reads"):
+        Stage(toy_stages(1)[0], 0, schedule, OPTIMIZERS["sgd"])
 
 
 def test_replay_moves_batch_norm_statistics_once() -> None:

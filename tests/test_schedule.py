@@ -10,6 +10,7 @@ from ddg_sim.dependencies import Relation, dependencies, token_bounds, validate
 from ddg_sim.lowering import StageMemory, memory, stage_memory
 from ddg_sim.methods import Semantics, bp, ddg, method, periodic
 from ddg_sim.schedule import (
+    Activations,
     Jacobian,
     Op,
     OpKind,
@@ -141,10 +142,21 @@ BODY = [forward(0), backward(0), update(0)]
         (build([forward(0, 1), *BODY[1:]]), r"operation 0 \(F0\(t\+1\)\): its sample has not ent"),
         (build(BODY, [forward(0, -1)]), r"worker 1, .*: stage already lives on worker 0"),
         (build([*BODY, forward(0)]), r"operation 3 .*: repeats worker 0, operation 0 \(F0\(t\)\)"),
-        (build(BODY, m=2), "stage 0: has 1 F operations per iteration, needs 2"),
+        (build(BODY, m=2), r"operation 2 \(U0\(2t\)\): an update must close a group of 2 samples"),
+        (build([*BODY[:2], update(0, 1)], m=2), "stage 0: has 1 F operations per iteration, needs"),
+        (build(BODY[:2]), "stage 0: has 0 U operations per iteration, needs 1"),
+        (build([*BODY, update(0, -1)]), "repeats worker 0, operation 2"),
+        (build([forward(0, 0, -1), *BODY[1:]]), "no version is newer than the newest"),
+        (
+            dataclasses.replace(build(BODY), rule=Rule(Activations.INPUT)),
+            "stage 0: has 0 R operations per iteration, needs 1",
+        ),
         (build([forward(0), update(0)]), "stage 0: has 0 B operations per iteration, needs 1"),
         (build(BODY[1:]), "stage 0: has 0 F operations per iteration, needs 1"),
-        (build([backward(0), forward(0)]), "deadlock: worker 0, operation 0 .* waits for worker 0"),
+        (
+            build([backward(0), forward(0), update(0)]),
+            "deadlock: worker 0, operation 0 .* waits for worker 0",
+        ),
         (build([forward(0), backward(0, -1), update(0)]), "deadlock"),
     ],
 )
@@ -155,7 +167,7 @@ def test_validate_names_the_cell(schedule, message):
 
 def test_an_update_without_its_gradient_is_named():
     with pytest.raises(ScheduleError, match="stage 0: has 1 B operations"):
-        validate(build([forward(0), forward(0, 1), backward(0), update(0)], m=2))
+        validate(build([forward(0), forward(0, 1), backward(0), update(0, 1)], m=2))
 
 
 def test_mailboxes_deadlock_backpropagation():

@@ -86,9 +86,9 @@ def iterate(
     for op in _data_driven(programs, done, weights):
         stage = weights[op.stage]
         if op.kind is OpKind.UPDATE:
-            stage.apply(gammas[op.iteration], op.iteration)
+            stage.apply(gammas[op.iteration], op)
         elif op.kind is OpKind.BACKWARD:
-            stage.pending.append(engine.backward(op, stage.versions[op.version]))
+            stage.pending[op.sample] = engine.backward(op, stage.versions[op.version])
         else:
             engine.forward(op, stage.versions[op.version])
         done.add((op.kind, op.stage, op.sample))
@@ -141,13 +141,14 @@ class _Stage:
 
     versions: list[FloatArray]
     ticks: list[int] = field(default_factory=list)  # in which version 1, 2, … was produced
-    pending: list[FloatArray] = field(default_factory=list)
+    pending: dict[int, FloatArray] = field(default_factory=dict)  # by sample
 
-    def apply(self, gamma: float, tick: int) -> None:
-        newest, *gradients = align(self.versions[-1], *self.pending)
+    def apply(self, gamma: float, update: Op) -> None:
+        """Apply the mean gradient of all samples up to the update's."""
+        samples = [sample for sample in sorted(self.pending) if sample <= update.sample]
+        newest, *gradients = align(self.versions[-1], *map(self.pending.pop, samples))
         self.versions.append(newest - gamma * (sum(gradients) / len(gradients)))
-        self.ticks.append(tick)
-        self.pending.clear()
+        self.ticks.append(update.iteration)
 
     def at(self, tick: int) -> FloatArray:
         return self.versions[bisect_left(self.ticks, tick)]
@@ -173,7 +174,7 @@ def _data_driven(
 def _ready(op: Op, done: set[tuple[OpKind, int, int]], weights: list[_Stage]) -> bool:
     stage = weights[op.stage]
     if op.kind is OpKind.UPDATE:
-        return bool(stage.pending) and op.version == len(stage.versions)
+        return op.sample in stage.pending and op.version == len(stage.versions)
     if op.version >= len(stage.versions):
         return False
     if op.kind is OpKind.FORWARD:

@@ -40,7 +40,7 @@ def count_paths(num_samples: int, iterations: int, samples_per_iteration: int = 
     256
     >>> count_paths(2, 24)
     Traceback (most recent call last):
-    ValueError: iterations = 24 means 16777216 paths of 2 samples, more than 10000000; ... 23 fit
+    ValueError: iterations = 24 means 2^24 sample paths, more than 10000000; at most 23 fit
     """
     per_iteration = num_samples**samples_per_iteration
     if per_iteration == 1:
@@ -49,10 +49,8 @@ def count_paths(num_samples: int, iterations: int, samples_per_iteration: int = 
     while per_iteration ** (fits + 1) <= MAX_PATHS:
         fits += 1
     if iterations > fits:
-        # The number itself would have more digits than Python prints, or memory holds.
-        paths = per_iteration**iterations if iterations < 64 else f"{per_iteration}^{iterations}"
         raise ValueError(
-            f"iterations = {iterations} means {paths} paths of {num_samples} samples, more than "
+            f"iterations = {iterations} means {per_iteration}^{iterations} sample paths, more than "
             f"{MAX_PATHS}; at most {fits} fit"
         )
     found: int = per_iteration**iterations
