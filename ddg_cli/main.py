@@ -16,6 +16,7 @@ from ddg_cli.output import ERRORS, print_line
 
 # Typer's own base class of wrong usage has no public name.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="ddg",
@@ -72,13 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ERRORS.print(f"ddg: out of memory: {error}", markup=False)
         code = 1
     except (KeyboardInterrupt, typer.Abort):
-        ERRORS.print("ddg: interrupted", markup=False)
-        code = 130
+        code = INTERRUPTED
     except RuntimeError as error:
         if type(error).__module__.split(".")[0] not in ("ddg_sim", "ddg_gpu", "theory"):
             raise  # ours to mend, so the traceback stays
         ERRORS.print(f"ddg: {error}", markup=False)
         code = 1
+    if code == INTERRUPTED:  # some versions of Typer raise, others give this code
+        ERRORS.print("ddg: interrupted", markup=False)
     sys.exit(code)
 
 
