@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -252,7 +253,7 @@ def validate(
     The costs are measured, unless a profile is given.
     """
     from ddg_gpu.job import Job
-    from ddg_gpu.validate import compare, parse_method
+    from ddg_gpu.validate import check_profile, compare, parse_method
     from ddg_sim import profile as profiles
     from ddg_sim.methods import method
 
@@ -262,8 +263,6 @@ def validate(
     for name in names:  # before anything is measured
         base, sync = parse_method(name)
         method(base, stages, sync)
-    if profile is not None and cuts is not None:
-        raise ValueError(f"--cuts {cuts}: the profile {profile} says where to cut")
     job = Job(
         "bp",
         stages,
@@ -275,6 +274,9 @@ def validate(
     )
     known = None if profile is None else profiles.read(profile)
     dataset = load_data(data, job)
+    if known is not None:
+        check_profile(known, job, dataset.name)
+        job = replace(job, cuts=tuple(known.cuts))
     warnings = core_warnings(job, dataset)
     with progress_bar("profile and run") as progress:
         known, found = compare(

@@ -255,6 +255,7 @@ def test_the_list_of_statements(ddg: Ddg):
 # --- profile, train, validate -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_simulate_uses_what_profile_wrote(ddg: Ddg, tmp_path: Path):
     words = "profile --model mlp --stages 2 --batch-size 32 --iterations 2 -o p.json"
     shown = ddg(f"{words} --json").json
@@ -480,8 +481,8 @@ WRONG = [
     (f"{VER} --gamma inf --iterations 4", ["gamma", "inf"]),
     (f"{VER} --gamma x --iterations 4", ["--gamma", "'x'", "number"]),
     (f"{VER} --gamma 0.1 --iterations 0", ["--iterations", "0"]),
-    (f"{VER} --gamma 0.1 --iterations 40", ["40", "1099511627776 paths", "at most 23"]),
-    (f"{VER} --gamma 0.1 --iterations 400000", ["400000", "2^400000 paths", "at most 23"]),
+    (f"{VER} --gamma 0.1 --iterations 40", ["40", "2^40 sample paths", "at most 23"]),
+    (f"{VER} --gamma 0.1 --iterations 400000", ["400000", "2^400000 sample paths", "at most 23"]),
     ("profile --model vgg --stages 2 -o p.json", ["--model", "'vgg'", "resnet8"]),
     ("profile --model mlp --stages 9 -o p.json", ["stages", "9", "8 layers"]),
     ("profile --model mlp --stages 0 -o p.json", ["--stages", "0"]),
@@ -621,6 +622,13 @@ BROKEN_PROFILES = {
     "nothing": ("", "JSON"),
     "cut short": (json.dumps(PROFILE)[:100], "JSON"),
 }
+# Sound files, which describe something else than what is asked for.
+OTHER_PROFILES = {
+    "model": ({"model": "resnet8"}, "resnet8"),
+    "data": ({"data": "cifar10"}, "cifar10"),
+    "batch size": ({"batch_size": 9}, "batch_size"),
+    "cuts beyond the model": ({"cuts": [99]}, "[99]"),
+}
 
 
 @pytest.mark.parametrize(("text", "fragment"), BROKEN_PROFILES.values(), ids=BROKEN_PROFILES)
@@ -628,6 +636,14 @@ def test_broken_profiles(ddg: Ddg, tmp_path: Path, text: str, fragment: str):
     (tmp_path / "p.json").write_text(text)
     assert_one_line(ddg(f"{SIM} --profile p.json"), ["p.json", fragment])
     assert_one_line(ddg(f"{VAL} --batch-size 8 --profile p.json"), ["p.json", fragment])
+
+
+@pytest.mark.parametrize(("change", "fragment"), OTHER_PROFILES.values(), ids=OTHER_PROFILES)
+def test_profiles_of_something_else(
+    ddg: Ddg, tmp_path: Path, change: dict[str, Any], fragment: str
+):
+    (tmp_path / "p.json").write_text(json.dumps({**PROFILE, **change}))
+    assert_one_line(ddg(f"{VAL} --batch-size 8 --profile p.json"), [fragment])
 
 
 def test_a_good_profile_is_read(ddg: Ddg, tmp_path: Path):
@@ -745,12 +761,13 @@ def test_ctrl_c_ends_a_run_at_once(tmp_path: Path):
     "words",
     [
         "train bp --stages 2 --model mlp --executor distributed --iterations 2",
-        "validate --model mlp --stages 2 --methods bp --iterations 2 --rounds 1 --batch-size 32",
+        "validate --model mlp --methods bp --iterations 2 --rounds 1 --batch-size 8 --profile p",
     ],
     ids=["train", "validate"],
 )
 def test_one_core_is_warned_of(tmp_path: Path, words: str):
     core = min(os.sched_getaffinity(0))
+    (tmp_path / "p").write_text(json.dumps(PROFILE))
     result = process(
         tmp_path, *words.split(), "--json", preexec_fn=lambda: os.sched_setaffinity(0, {core})
     )
