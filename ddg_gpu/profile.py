@@ -35,7 +35,7 @@ WARM_UP = 3
 #: Messages per link that are timed, and barriers.
 ROUNDS = 20
 #: Seconds that a stage computes alone, and beside the others, in each of so many turns.
-TURN, TURNS = 0.15, 15
+TURN, TURNS = 0.1, 15
 #: Seconds of computing around a message; a waiting core has gone to sleep by then.
 PAUSE = 0.005
 

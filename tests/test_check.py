@@ -348,7 +348,9 @@ def test_equality_up_to_rounding_is_no_violation():
 
 
 def test_too_many_paths_names_the_argument_and_what_fits():
-    with pytest.raises(ValueError, match=r"iterations = 24 means 2\^24 sample paths, .* at most 23 fit"):
+    with pytest.raises(
+        ValueError, match=r"iterations = 24 means 2\^24 sample paths, .* at most 23 fit"
+    ):
         check("theorem-a", make("kuramoto", 2), ddg(2), 0.1, 24)
     with pytest.raises(ValueError, match="at most 14 fit"):
         check("lemma1", make("kuramoto", 2, num_samples=3), ddg(2), 0.1, 15)

@@ -14,7 +14,7 @@ from strategies import costed, costs_for, ends_without_draining, quarters
 
 from ddg_sim.costs import Costs, costs
 from ddg_sim.cycletime import cycle_time, evaluate
-from ddg_sim.dependencies import dependencies, template_at
+from ddg_sim.dependencies import barrier_indices, dependencies, template_at
 from ddg_sim.eventgraph import event_graph, retiming
 from ddg_sim.methods import Semantics, bp, ddg
 from ddg_sim.schedule import Schedule, ScheduleError, Sync, backward, forward, update
@@ -80,7 +80,7 @@ def test_both_engines_reach_the_closed_form_with_64_stages(case):
 @settings(deadline=None)
 @given(st.integers(1, 6).flatmap(costs_for), st.sampled_from(list(CASES)))
 def test_any_costs_give_the_closed_form(prices, case):
-    prices = dataclasses.replace(prices, overhead=())
+    prices = dataclasses.replace(prices, overhead=(), barrier=0.0)
     build, closed_form = CASES[case]
     found = cycle_time(build(prices.num_stages), prices).period
     assert found == pytest.approx(closed_form(prices), rel=1e-9, abs=1e-12)
@@ -135,7 +135,9 @@ def brute_force(schedule, prices):
 
     for number, edge in enumerate(dependencies(schedule)):
         if not edge.is_message:
-            connect(edge.source, edge.target, edge.tokens, seconds(edge.source))
+            meets = edge.source.position in barrier_indices(schedule, edge.source.worker)
+            extra = prices.barrier if meets else 0.0
+            connect(edge.source, edge.target, edge.tokens, seconds(edge.source) + extra)
             continue
         source, target = (template_at(schedule, node) for node in (edge.source, edge.consumer))
         transfer = ("transfer", edge.source.position, number)
@@ -292,3 +294,12 @@ def test_large_schedules_are_fast(sync):
     begin = time.process_time()
     evaluate(schedule, prices, 200)
     assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 8])
+def test_a_barrier_costs_its_time_twice_per_iteration(num_stages):
+    prices = costs(num_stages, forward=1.0, backward=2.0, barrier=0.25)
+    schedule = ddg(num_stages, Sync.BARRIER)
+    assert cycle_time(schedule, prices).period == num_stages + 2.0 + 2 * 0.25
+    assert steady_period(schedule, prices) == pytest.approx(num_stages + 2.5, rel=1e-9)
+    assert cycle_time(ddg(num_stages), prices).period == 3.0

@@ -89,6 +89,7 @@ def test_predictions_come_from_the_profile_alone(profile: Profile) -> None:
         ({"model": "mlp"}, "model is mlp, but the profile is of model resnet8"),
         ({"batch_size": 8}, "batch_size is 8"),
         ({"stages": 2}, "stages is 2, but the profile is of stages 3"),
+        ({"cuts": (1, 4)}, r"cuts is \[1, 4\], but the profile is of cuts"),
     ],
 )
 def test_a_profile_of_something_else_is_refused(
@@ -99,7 +100,13 @@ def test_a_profile_of_something_else_is_refused(
         iterations=1,
     )
     with pytest.raises(ValueError, match=message):
-        check_profile(profile, job)
+        check_profile(profile, job, "digits")
+
+
+def test_a_profile_of_other_data_is_refused(profile: Profile) -> None:
+    job = Job("bp", 3, "resnet8", iterations=1, batch_size=16)
+    with pytest.raises(ValueError, match="data is cifar, but the profile is of data digits"):
+        check_profile(profile, job, "cifar")
 
 
 def test_methods_are_checked_before_anything_runs() -> None:

@@ -226,9 +226,19 @@ def test_pictures_are_written_whole(tmp_path, suffix):
 
 def test_an_svg_says_what_it_shows(tmp_path):
     path = tmp_path / "gantt.svg"
-    gantt({"predicted": simulate(ddg(2), costs(2, forward=1e-3, comm=1e-3), 3)}, path)
+    gantt(
+        {"predicted": simulate(ddg(2), costs(2, forward=1e-3, backward=2e-3, comm=1e-3), 3)}, path
+    )
     text = path.read_text()
-    for words in ("stage 1", "stage 2", "link 1→2", "time (s)", "forward", "transfer", "predicted"):
+    for words in (
+        "stage 1",
+        "stage 2",
+        "link 1→2",
+        "time (ms)",
+        "forward",
+        "transfer",
+        "predicted",
+    ):
         assert f"<!-- {words} -->" in text
 
 
