@@ -53,6 +53,25 @@ def integers(option: str, text: str | None) -> tuple[int, ...] | None:
         raise ValueError(f"{option} must be integers such as 2,5, got {text!r}") from None
 
 
+def choice(option: str, text: str | None, kind: Any) -> Any:
+    """The member of an enumeration that an option names; None stays None.
+
+    Raises:
+        ValueError: naming the option, its value and the known ones.
+
+    >>> from ddg_sim.schedule import Sync
+    >>> choice("--sync", "none", Sync)
+    <Sync.NONE: 'none'>
+    """
+    if text is None:
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        known = ", ".join(member.value for member in kind)
+        raise ValueError(f"unknown {option} {text!r}; known: {known}") from None
+
+
 def output_path(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> Path | None:
     """Check, before any work is done, that a result can be written there; None stays None.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ddg_cli.output import (
+    choice,
     numbers,
     output_path,
     percent,
@@ -65,10 +66,7 @@ def simulate(
 
     output_path("--trace", trace)
     output_path("--plot", plot, (".png", ".svg"))
-    modes = {mode.value: mode for mode in Sync}
-    if sync is not None and sync not in modes:
-        raise ValueError(f"unknown --sync {sync!r}; known: {', '.join(modes)}")
-    schedule = methods.method(method, stages, modes[sync] if sync else None)
+    schedule = methods.method(method, stages, choice("--sync", sync, Sync))
     given = {"forward": forward, "backward": backward, "update": update, "comm": comm}
     chosen: dict[str, Any] = {
         name: numbers(f"--{name}", text) for name, text in given.items() if text is not None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ddg_cli.output import (
+    choice,
     integers,
     output_path,
     percent,
@@ -325,25 +326,6 @@ def split_methods(text: str) -> list[str]:
     if not names or len(set(names)) < len(names):
         raise ValueError(f"--methods must list different methods, got {text!r}")
     return names
-
-
-def choice(option: str, text: str | None, kind: Any) -> Any:
-    """The member of an enumeration that an option names; None stays None.
-
-    Raises:
-        ValueError: naming the option, its value and the known ones.
-
-    >>> from ddg_sim.schedule import Sync
-    >>> choice("--sync", "none", Sync)
-    <Sync.NONE: 'none'>
-    """
-    if text is None:
-        return None
-    try:
-        return kind(text)
-    except ValueError:
-        known = ", ".join(member.value for member in kind)
-        raise ValueError(f"unknown {option} {text!r}; known: {known}") from None
 
 
 def load_data(source: str, job: Job) -> Dataset:

@@ -8,16 +8,6 @@ from ddg_sim.dependencies import BACKWARDS, template_at
 from ddg_sim.eventgraph import Event
 from ddg_sim.schedule import OpKind, OpTemplate, Schedule
 
-WORDS = {
-    OpKind.FORWARD: "forward",
-    OpKind.RECOMPUTE: "recompute",
-    OpKind.BACKWARD: "backward",
-    OpKind.BACKWARD_INPUT: "input gradient",
-    OpKind.BACKWARD_WEIGHT: "weight gradient",
-    OpKind.UPDATE: "update",
-    OpKind.ALL_REDUCE: "all-reduce",
-}
-
 
 def duration_text(seconds: float) -> str:
     """Seconds as a person would write them, to four digits.
@@ -85,7 +75,7 @@ def _kinds(cycle: Sequence[Event], templates: Sequence[OpTemplate]) -> str:
     operations = [event for event in cycle if event.node is not None]
     words: list[str] = []
     for event, template in zip(operations, templates, strict=True):
-        word = WORDS[template.kind]
+        word = template.kind.noun
         if event.duration > 0 and word not in words:
             words.append(word)
     return " + ".join(words) or "program"

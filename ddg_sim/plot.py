@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from ddg_sim.files import replacing
-from ddg_sim.schedule import OpKind
 from ddg_sim.timeline import Span, Timeline
 
 SUFFIXES = (".png", ".svg")
@@ -26,15 +25,6 @@ COLOURS = {
     "all-reduce": ("#0072B2", "white"),
     "transfer": ("#BBBBBB", "black"),
     "other": ("#EEEEEE", "black"),
-}
-NAMES = {
-    OpKind.FORWARD: "forward",
-    OpKind.RECOMPUTE: "recompute",
-    OpKind.BACKWARD: "backward",
-    OpKind.BACKWARD_INPUT: "input gradient",
-    OpKind.BACKWARD_WEIGHT: "weight gradient",
-    OpKind.UPDATE: "update",
-    OpKind.ALL_REDUCE: "all-reduce",
 }
 WIDTH, ROW, LABEL_POINTS = 11.0, 0.36, 7.0  # inches, inches per lane, font size in boxes
 THIN = 0.002  # of the time axis
@@ -109,7 +99,7 @@ def gantt(
 
 def _kind(span: Span) -> str:
     if span.op is not None:
-        return NAMES[span.op.kind]
+        return span.op.kind.noun
     return "transfer" if span.message is not None else "other"
 
 

@@ -32,6 +32,16 @@ class OpKind(Enum):
     UPDATE = "U"
     ALL_REDUCE = "A"
 
+    @property
+    def noun(self) -> str:
+        """Its name in reports and pictures.
+
+        >>> OpKind.BACKWARD_INPUT.noun
+        'input gradient'
+        """
+        special = {"BACKWARD_INPUT": "input gradient", "BACKWARD_WEIGHT": "weight gradient"}
+        return special.get(self.name, self.name.lower().replace("_", "-"))
+
 
 class Sync(Enum):
     """What a worker waits for beyond the data its next operation needs.

@@ -19,8 +19,6 @@ from ddg_sim.timeline import Span, Timeline
 Event = dict[str, Any]
 Track = tuple[Span, int]  # a span and the number of the track it is drawn on
 
-CATEGORIES = {kind: kind.name.lower() for kind in OpKind}
-
 
 def chrome_trace(timeline: Timeline, name: str = "run") -> Event:
     """Chrome trace of one timeline; its first span starts at 0.
@@ -113,7 +111,7 @@ def _meta(kind: str, pid: int, tid: int, **args: object) -> Event:
 
 def _category(span: Span) -> str:
     if span.op is not None:
-        return CATEGORIES[span.op.kind]
+        return span.op.kind.noun
     return "transfer" if span.message is not None else "other"
 
 
