@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,9 +85,30 @@ def output_path(option: str, path: Path | None, suffixes: Sequence[str] = ()) ->
         raise ValueError(f"{option} {path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise ValueError(f"{option} {path}: is a folder, give a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{option} {path}: is a device or pipe, give a file")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise ValueError(f"{option} {path}: the folder {path.parent} may not be written")
     if suffixes and path.suffix.lower() not in suffixes:
         raise ValueError(f"{option} {path}: must end in {' or '.join(suffixes)}")
     return path
+
+
+def different_files(**paths: Path | None) -> None:
+    """Check that no two options name the same file, of which one would be lost.
+
+    Raises:
+        ValueError: naming both options and the file.
+
+    >>> different_files(trace=Path("a.json"), plot=Path("./a.json"))
+    Traceback (most recent call last):
+    ...
+    ValueError: --trace and --plot both name a.json
+    """
+    seen: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is not None and (other := seen.setdefault(path.resolve(), option)) != option:
+            raise ValueError(f"--{other} and --{option} both name {path}")
 
 
 def print_json(result: dict[str, Any]) -> None:

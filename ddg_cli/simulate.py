@@ -9,6 +9,7 @@ import typer
 
 from ddg_cli.output import (
     choice,
+    different_files,
     numbers,
     output_path,
     percent,
@@ -66,6 +67,7 @@ def simulate(
 
     output_path("--trace", trace)
     output_path("--plot", plot, (".png", ".svg"))
+    different_files(profile=profile, trace=trace, plot=plot)
     schedule = methods.method(method, stages, choice("--sync", sync, Sync))
     given = {"forward": forward, "backward": backward, "update": update, "comm": comm}
     chosen: dict[str, Any] = {

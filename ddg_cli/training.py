@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from ddg_cli.output import (
     choice,
+    different_files,
     integers,
     output_path,
     percent,
@@ -156,6 +158,7 @@ def train(
 
     output_path("--save", save)
     output_path("--trace", trace)
+    different_files(save=save, trace=trace)
     job = Job(
         method,
         stages,
@@ -177,6 +180,9 @@ def train(
     warnings = core_warnings(job, dataset) if executor == "distributed" else []
     with progress_bar("train") as progress:
         run = run_training(job, dataset, executor, timeout=timeout, port=port, progress=progress)
+    if run is not None and not all(map(math.isfinite, run.losses)):
+        warnings.append("the loss is not finite: the training diverged, try a smaller rate")
+        warn(warnings[-1])
     if run is None:  # another rank under torchrun reports
         return
     if save is not None:
@@ -260,6 +266,7 @@ def validate(
 
     output_path("--trace", trace)
     output_path("--plot", plot, (".png", ".svg"))
+    different_files(profile=profile, trace=trace, plot=plot)
     names = split_methods(methods)
     for name in names:  # before anything is measured
         base, sync = parse_method(name)
@@ -322,8 +329,8 @@ def split_methods(text: str) -> list[str]:
     >>> split_methods("bp, ddg/none")
     ['bp', 'ddg/none']
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names):
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
         raise ValueError(f"--methods must list different methods, got {text!r}")
     return names
 
@@ -332,6 +339,8 @@ def load_data(source: str, job: Job) -> Dataset:
     """Load the data, after checking whatever of the job can be checked without it."""
     from ddg_gpu import data, models
 
+    if not source.strip():
+        raise ValueError("--data is empty: give digits or a path")
     job.schedule()
     if job.model not in models.MODELS:
         known = ", ".join(models.MODELS)

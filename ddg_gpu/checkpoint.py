@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def load(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings(action="ignore"):  # about foreign files, refused below
+            content = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many types for broken files, at great length
         raise CheckpointError(
             f"{path}: is no readable checkpoint: damaged, or not written by 'ddg train --save'"

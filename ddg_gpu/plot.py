@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ddg_sim.files import replacing
 
@@ -51,6 +52,7 @@ def loss_curves(runs: Mapping[str, tuple[Sequence[float], float]], path: str | P
         by_iteration.plot(iterations, smooth, label=name, **style)
         by_time.plot(iterations * period, smooth, label=name, **style)
     by_iteration.set_xlabel("iterations")
+    by_iteration.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_time.set_xlabel("time (s)")
     by_iteration.set_ylabel(f"training loss (mean of {WINDOW} mini-batches)")
     for axis in (by_iteration, by_time):

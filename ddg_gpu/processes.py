@@ -177,7 +177,9 @@ def _process(task: Task, rank: int, workers: int, folder: str, port: int, timeou
         report = {
             "consequence": isinstance(error, PeerLostError),
             "time": time.monotonic(),
-            "message": f"{type(error).__name__}: {error}".strip(),
+            "message": str(error)
+            if isinstance(error, PeerLostError)
+            else f"{type(error).__name__}: {error}".strip(),
             "traceback": traceback.format_exc(),
         }
         (Path(folder) / f"error-{rank}.json").write_text(json.dumps(report))
@@ -224,7 +226,8 @@ def _first_cause(processes: Sequence[BaseProcess], folder: Path) -> str:
             causes.append((0, 0.0, f"worker {rank} was killed by {name}"))
         elif report.exists():
             found = json.loads(report.read_text())
-            text = f"worker {rank} failed: {found['message']}"
+            # If nobody failed by itself, the worker that was waited for is the one to name.
+            text = f"worker {rank} {'' if found['consequence'] else 'failed: '}{found['message']}"
             causes.append((1 + found["consequence"], found["time"], text))
         elif process.exitcode:
             causes.append((1, 0.0, f"worker {rank} ended with exit code {process.exitcode}"))

@@ -19,6 +19,7 @@ from ddg_sim.schedule import parse_op
 from ddg_sim.timeline import Timeline
 
 EXECUTORS = ("serial", "distributed")
+MIN_TIMEOUT = 1.0  # processes need longer than that to meet
 MAX_TIMEOUT = 1e6  # seconds; far beyond it, torch's clocks overflow
 
 
@@ -81,8 +82,10 @@ def train(
     """
     if executor not in EXECUTORS:
         raise ValueError(f"unknown executor {executor!r}; known: {', '.join(EXECUTORS)}")
-    if not 0 < timeout <= MAX_TIMEOUT:
-        raise ValueError(f"timeout must be within 0 and {MAX_TIMEOUT:g} seconds, got {timeout}")
+    if not MIN_TIMEOUT <= timeout <= MAX_TIMEOUT:
+        raise ValueError(
+            f"timeout must be within {MIN_TIMEOUT:g} and {MAX_TIMEOUT:g} seconds, got {timeout}"
+        )
     if executor == "serial":
         return _train_serial(job, dataset, progress)
     network(job, dataset)  # a wrong argument shows here, not in K processes

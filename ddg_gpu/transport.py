@@ -120,7 +120,7 @@ class GlooTransport:
         try:
             work.wait(self._timeout)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].rpartition("] ")[2]  # without gloo's source file
             raise PeerLostError(
                 f"waited {what}; worker {self._rank[stage]} (stage {stage}) is gone or did not"
                 f" answer within {self._timeout.total_seconds():g} s: {reason}"

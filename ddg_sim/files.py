@@ -13,8 +13,11 @@ from pathlib import Path
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder that replaces ``path`` if the block succeeds.
 
+    A link is followed: the file it names is replaced, not the link.
+
     Raises:
-        OSError: if the folder does not exist or cannot be written.
+        OSError: if the folder does not exist or cannot be written, or if the path is a device, a
+            pipe or a folder, which must not be replaced.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -23,7 +26,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     ...     [(file.name, file.read_text()) for file in Path(folder).iterdir()]
     [('a.txt', 'whole')]
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: is no regular file, so it is not replaced")
     # The suffix stays: writers choose the format by it.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
