@@ -11,7 +11,6 @@ import pytest
 from ddg_cli.main import main
 from ddg_sim.files import replacing
 
-
 TRAIN = ("train", "ddg", "--stages", "2", "--model", "mlp")
 
 
