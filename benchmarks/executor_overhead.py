@@ -19,6 +19,7 @@ from torch import nn
 from ddg_gpu.data import Batches
 from ddg_gpu.execute import run_serial
 from ddg_gpu.job import Job, make_stage, network, optimizer_factory
+from ddg_gpu.processes import keep_freed_memory
 
 TURN = 5
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # for both loops, as the executor's processes do
     dataset = random_images()
     job = Job("bp", 1, options.model, iterations=TURN, batch_size=options.batch_size)
     batches = Batches(dataset, job.batch_size, job.seed)
