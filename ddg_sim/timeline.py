@@ -155,7 +155,7 @@ class Timeline:
         """
         ticks = self._steady_ticks()
         busy = np.zeros((len(self.schedule.workers), max(1, len(ticks))))
-        home = self._home()
+        home = [self.schedule.worker_of(stage) for stage in range(self.schedule.num_stages)]
         for span, op in self.operations:
             if op.iteration in ticks:
                 busy[home[op.stage], op.iteration - ticks.start] += span.duration
@@ -175,13 +175,6 @@ class Timeline:
         for _, op in self.operations:
             per_stage[op.stage].append(op)
         return tuple(stage_memory(ops, self.schedule.rule) for ops in per_stage)
-
-    def _home(self) -> dict[int, int]:
-        return {
-            template.stage: worker
-            for worker, body in enumerate(self.schedule.workers)
-            for template in body
-        }
 
     def _steady_ticks(self) -> range:
         """Iterations in which no operation is skipped; all there are if there are none such."""

@@ -78,19 +78,7 @@ def test_two_options_must_not_name_one_file(
 
 
 def test_a_diverged_run_is_said_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "train",
-        "ddg",
-        "--stages",
-        "2",
-        "--model",
-        "mlp",
-        "--iterations",
-        "6",
-        "--learning-rate",
-        "1e9",
-        "--json",
-    ]
+    words = [*TRAIN, "--iterations", "6", "--learning-rate", "1e9", "--json"]
     code, out, err = run(capsys, *words)
     assert code == 0
     found = json.loads(out)
@@ -103,18 +91,7 @@ def test_a_diverged_run_is_said_to_be_one(capsys: pytest.CaptureFixture[str]) ->
 def test_a_timeout_must_leave_time_to_meet(
     seconds: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "train",
-        "ddg",
-        "--stages",
-        "2",
-        "--model",
-        "mlp",
-        "--iterations",
-        "1",
-        "--executor",
-        "distributed",
-    ]
+    words = [*TRAIN, "--iterations", "1", "--executor", "distributed"]
     code, out, err = run(capsys, *words, "--timeout", seconds)
     assert (code, out) == (2, "")
     assert "timeout" in err
