@@ -23,7 +23,7 @@ from ddg_gpu.job import Job, make_stage, message_shape, network, num_iterations
 from ddg_gpu.processes import Progress, Report, run_together
 from ddg_gpu.stage import Stage
 from ddg_gpu.transport import GlooTransport, Stream
-from ddg_sim.lowering import Message, channels, instructions
+from ddg_sim.lowering import Message, channels, instructions, slots
 from ddg_sim.schedule import Schedule
 
 
@@ -110,12 +110,12 @@ def run_stages(
     """
     incoming: Counter[Stream] = Counter()
     outgoing: Counter[Stream] = Counter()
-    for channel in channels(schedule):
+    for channel, buffers in zip(channels(schedule), slots(schedule), strict=True):
         stream = (channel.relation, channel.target)
         if channel.dependency.target.worker == rank:
-            incoming[stream] += channel.slots
+            incoming[stream] += buffers
         if channel.dependency.source.worker == rank:
-            outgoing[stream] += channel.slots
+            outgoing[stream] += buffers
     program = instructions(schedule, rank, iterations)
     transport = GlooTransport(schedule, program, incoming, outgoing, shape, timeout)
     record = Record()

@@ -210,10 +210,10 @@ def timeline(
         workers: per worker its (operation, start, end), on one clock, in seconds.
     """
     origin = min((start for spans in workers for _, start, _ in spans[:1]), default=0.0)
-    return Timeline(
+    return Timeline.of(
         schedule,
         iterations,
-        tuple(
+        (
             op_span(worker_lane(schedule, worker), op, start - origin, end - origin)
             for worker, spans in enumerate(workers)
             for op, start, end in spans

@@ -9,19 +9,39 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
+
 from ddg_sim.costs import Costs
-from ddg_sim.dependencies import Node, template_at
-from ddg_sim.eventgraph import Arc, Event, EventGraph, event_graph, existence, unroll
+from ddg_sim.dependencies import template_at
+from ddg_sim.draws import durations
+from ddg_sim.eventgraph import (
+    Arc,
+    Event,
+    EventGraph,
+    check_stages,
+    event_graph,
+    existence,
+    state_ticks,
+    unroll,
+)
 from ddg_sim.explain import explain_cycle
-from ddg_sim.lowering import Message
-from ddg_sim.schedule import Schedule
-from ddg_sim.timeline import Span, Timeline, message_span, op_span, worker_lane
+from ddg_sim.schedule import OpKind, Schedule
+from ddg_sim.timeline import Timeline, columns
+from ddg_sim.times import Array
 
 
-def evaluate(schedule: Schedule, costs: Costs, iterations: int, drain: bool = True) -> Timeline:
+def evaluate(
+    schedule: Schedule,
+    costs: Costs,
+    iterations: int,
+    drain: bool = True,
+    seed: int = 0,
+    run: int = 0,
+) -> Timeline:
     """Compute the timeline that `simulate` simulates, by the max-plus recursion.
 
     An operation that is skipped (warm-up, drain) takes no time, but keeps its place in program
@@ -32,55 +52,127 @@ def evaluate(schedule: Schedule, costs: Costs, iterations: int, drain: bool = Tr
         costs: seconds, for the same number of stages.
         iterations: iterations of samples that are fed.
         drain: whether to go on until all samples are used everywhere.
+        seed: of the draws, where times vary.
+        run: which of the seed's runs.
 
     Raises:
         ScheduleError: if, without draining, an operation needs what would be produced only after
             the end.
-        ValueError: if the costs are for another number of stages.
+        ValueError: if the costs are for another number of stages, or their network has buses.
 
     >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
     >>> evaluate(ddg(2), costs(2, comm=0.5), iterations=2).makespan
     10.0
     """
-    graph = event_graph(schedule, costs)
+    check_stages(schedule, costs)
+    graph = event_graph(schedule, costs.network)
+    times = durations(graph, costs, iterations, seed, range(run, run + 1))
     ticks = schedule.num_ticks(iterations, drain)
-    takes_place = existence(graph, iterations)
-    if not drain:  # what nobody will receive is not sent
-        for index, event in enumerate(graph.events):
-            late = max(0, event.message.tokens) if event.message is not None else 0
-            takes_place[index] = range(takes_place[index].start, ticks - late)
-    starts = [[0.0] * ticks for _ in graph.events]
-    ends = [[0.0] * ticks for _ in graph.events]
-    for index, tick, waits in unroll(graph, iterations, drain):
-        start = max([ends[source][then] for source, then in waits], default=0.0)
-        starts[index][tick] = start
-        ends[index][tick] = start + (
-            graph.events[index].duration if tick in takes_place[index] else 0.0
-        )
-    at = {event.node: index for index, event in enumerate(graph.events) if event.node is not None}
-    spans: list[Span] = []
-    for worker in range(len(schedule.workers)):
-        lane = worker_lane(schedule, worker)
-        places = [at[Node(worker, position)] for position in range(len(schedule.workers[worker]))]
-        for tick, ops in enumerate(schedule.ticks(worker, iterations, drain)):
-            for index, op in zip(places, ops, strict=True):
-                if op is not None:
-                    spans.append(op_span(lane, op, starts[index][tick], ends[index][tick]))
+    starts = np.zeros((len(graph.events), ticks))
+    ends = np.zeros((len(graph.events), ticks))
+    for index, tick, start, end in recursion(graph, times, iterations, drain):
+        starts[index, tick] = start if isinstance(start, float) else start[0, 0]
+        ends[index, tick] = end if isinstance(end, float) else end[0, 0]
+    takes_place = _takes_place(graph, iterations, drain)
+    operations, transfers, channel = [], [], 0
     for index, event in enumerate(graph.events):
-        if event.message is not None and event.duration > 0:
-            for tick in takes_place[index]:
-                message = _message(schedule, event, tick)
-                spans.append(message_span(message, starts[index][tick], ends[index][tick]))
-    return Timeline(schedule, iterations, tuple(spans), deterministic=True)
+        place = takes_place[index]
+        when = slice(place.start, place.stop)
+        if event.node is not None:
+            operations.append((*event.node, place, starts[index, when], ends[index, when]))
+        elif event.message is not None:
+            transfers.append((channel, 0, place, starts[index, when], ends[index, when]))
+            channel += 1
+    return Timeline(schedule, iterations, columns(operations), columns(transfers), not costs.random)
 
 
-def _message(schedule: Schedule, event: Event, tick: int) -> Message:
-    assert event.message is not None
-    source = template_at(schedule, event.message.source)
-    target = template_at(schedule, event.message.consumer)
-    sample = schedule.sample_of(source, tick)
-    return Message(event.message.relation, source.stage, target.stage, sample)
+def completions(
+    schedule: Schedule, costs: Costs, iterations: int, seed: int = 0, runs: range = range(1)
+) -> Array:
+    """When every iteration was complete on all workers, for many runs at once.
+
+    Args:
+        schedule: a valid schedule.
+        costs: seconds, for the same number of stages.
+        iterations: iterations of samples that are fed; the run is not drained.
+        seed: of the draws.
+        runs: which runs.
+
+    Returns:
+        Shape (iterations, runs), seconds; of all replicas.
+
+    >>> from ddg_sim.costs import costs
+    >>> from ddg_sim.methods import ddg
+    >>> completions(ddg(2), costs(2), iterations=4)[:, 0].tolist()
+    [4.0, 7.0, 10.0, 13.0]
+    """
+    check_stages(schedule, costs)
+    graph = event_graph(schedule, costs.network)
+    times = durations(graph, costs, iterations, seed, runs)
+    found = np.zeros((iterations, len(runs)))
+    for index, tick, _, end in recursion(graph, times, iterations):
+        if tick < iterations and graph.events[index].node is not None:
+            latest = end if isinstance(end, float) else end.max(axis=-1)
+            np.maximum(found[tick], latest, out=found[tick])
+    return found
+
+
+def recursion(
+    graph: EventGraph, times: list[float | Array], iterations: int, drain: bool = True
+) -> Iterator[tuple[int, int, float | Array, float | Array]]:
+    """Run the max-plus recursion; yields event, iteration, start and end, all runs at once.
+
+    Where replicas meet (an all-reduce), all start when the last has come.
+
+    Args:
+        graph: the schedule's events.
+        times: per event its duration, as `draws.durations` gives them.
+        iterations: iterations of samples that are fed.
+        drain: whether to go on until all samples are used everywhere.
+
+    >>> from ddg_sim.methods import bp
+    >>> list(recursion(event_graph(bp(1)), [1.0, 2.0, 0.5], iterations=1))
+    [(0, 0, 0.0, 1.0), (1, 0, 1.0, 3.0), (2, 0, 3.0, 3.5)]
+    """
+    takes_place = _takes_place(graph, iterations, drain)
+    kept = state_ticks(graph)
+    ends: list[list[float | Array]] = [[0.0] * kept for _ in graph.events]
+    single = all(isinstance(time, float) for time in times)
+    meets = [
+        event.template is not None and event.template.kind is OpKind.ALL_REDUCE
+        for event in graph.events
+    ]
+    for index, tick, waits in unroll(graph, iterations, drain):
+        before = [ends[source][then % kept] for source, then in waits]
+        start = max(before, default=0.0) if single else _latest(before)
+        end = start
+        if tick in takes_place[index]:
+            if meets[index] and not isinstance(start, float):
+                start = np.broadcast_to(start.max(axis=-1, keepdims=True), start.shape)
+            time = times[index]
+            end = start + (time if isinstance(time, float) else time[min(tick, len(time) - 1)])
+        ends[index][tick % kept] = end
+        yield index, tick, start, end
+
+
+def _latest(times: list[float | Array]) -> float | Array:
+    latest: float | Array = 0.0
+    for time in times:
+        latest = np.maximum(latest, time)
+    return latest
+
+
+def _takes_place(graph: EventGraph, iterations: int, drain: bool) -> list[range]:
+    """Per event the iterations in which it happens; what nobody will receive is not sent."""
+    found = existence(graph, iterations)
+    if drain:
+        return found
+    ticks = graph.schedule.num_ticks(iterations, drain)
+    for index, event in enumerate(graph.events):
+        late = max(0, event.message.tokens) if event.message is not None else 0
+        found[index] = range(found[index].start, max(found[index].start, ticks - late))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +185,7 @@ class CycleTime:
         seconds: sum of the durations on the critical cycle.
         tokens: iterations that the critical cycle spans.
         cycle: its events, in the order in which they wait for one another.
+        durations: seconds of each of them.
     """
 
     schedule: Schedule
@@ -100,6 +193,7 @@ class CycleTime:
     seconds: float
     tokens: int
     cycle: tuple[Event, ...]
+    durations: tuple[float, ...]
 
     @property
     def critical_cycle(self) -> tuple[str, ...]:
@@ -127,11 +221,14 @@ class CycleTime:
         all forwards, then the slowest backward (stage 3) between barriers bounds you:
         7 s per iteration
         """
-        return explain_cycle(self.schedule, self.cycle, self.seconds, self.tokens)
+        return explain_cycle(self.schedule, self.cycle, self.durations, self.tokens)
 
 
 def cycle_time(schedule: Schedule, costs: Costs) -> CycleTime:
-    """Compute the exact steady-state period and what bounds it.
+    """Compute the exact steady-state period, with mean times, and what bounds it.
+
+    Where times vary, the expected period is at least this one (Jensen's inequality: the recursion
+    is convex in the times); `replicate` estimates it.
 
     Newton's iteration on the ratio (Dinkelbach 1967): as long as some cycle beats the best ratio so
     far, take that cycle's. Bellman and Ford's algorithm finds the cycles, in integer arithmetic, so
@@ -146,18 +243,24 @@ def cycle_time(schedule: Schedule, costs: Costs) -> CycleTime:
     >>> cycle_time(ddg(4), costs(4)).period
     3.0
     """
-    graph = event_graph(schedule, costs)
-    weights = [Fraction(event.duration) for event in graph.events]
+    check_stages(schedule, costs)
+    graph = event_graph(schedule, costs.network)
+    weights = [Fraction(event.seconds(costs)) for event in graph.events]
     cycle = max(_own_loops(graph), key=lambda loop: _ratio(weights, loop))
     while better := _better_cycle(graph, weights, cycle):
         cycle = better
     ratio = _ratio(weights, cycle)
-    seconds = sum((weights[arc.source] for arc in cycle), Fraction(0))
-    tokens = sum(arc.tokens for arc in cycle)
-    events = [graph.events[arc.source] for arc in cycle]
-    first = min(range(len(events)), key=lambda place: _rank(schedule, events[place]))
-    ordered = tuple(events[first:] + events[:first])
-    return CycleTime(schedule, float(ratio), float(seconds), tokens, ordered)
+    order = [arc.source for arc in cycle]
+    first = min(range(len(order)), key=lambda place: _rank(schedule, graph.events[order[place]]))
+    order = order[first:] + order[:first]
+    return CycleTime(
+        schedule,
+        float(ratio),
+        float(sum((weights[index] for index in order), Fraction(0))),
+        sum(arc.tokens for arc in cycle),
+        tuple(graph.events[index] for index in order),
+        tuple(float(weights[index]) for index in order),
+    )
 
 
 def _rank(schedule: Schedule, event: Event) -> tuple[int, int]:

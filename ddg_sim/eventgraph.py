@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 
 from ddg_sim.costs import Costs
@@ -22,22 +23,41 @@ from ddg_sim.dependencies import (
     dependencies,
     template_at,
 )
-from ddg_sim.schedule import Schedule, ScheduleError
+from ddg_sim.network import FREE, Network
+from ddg_sim.schedule import OpTemplate, Schedule, ScheduleError
+from ddg_sim.times import mean
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """An operation (at ``node``), the transfer of a ``message``, or else a barrier.
 
-    ``duration`` is in seconds. ``sample`` is the sample offset of the operation, or of the one
-    whose output is transferred: the event exists only where that sample exists.
+    ``sample`` is the sample offset of the operation, or of the one whose output is transferred:
+    the event exists only where that sample exists. ``template`` and ``messages`` are the operation,
+    and how many messages it sends and receives. ``ends`` are the stages that a message connects.
     """
 
     name: str
-    duration: float
     node: Node | None = None
     message: Dependency | None = None
     sample: int | None = None
+    template: OpTemplate | None = None
+    messages: int = 0
+    ends: tuple[int, int] = (-1, -1)
+
+    def seconds(self, costs: Costs) -> float:
+        """Mean duration with these costs, in seconds.
+
+        >>> from ddg_sim.costs import costs
+        >>> from ddg_sim.methods import bp
+        >>> event_graph(bp(1)).events[1].seconds(costs(1, backward=3.0))
+        3.0
+        """
+        if self.template is not None:
+            return costs.duration(self.template.kind, self.template.stage, self.messages)
+        if self.message is not None:
+            return mean(costs.transfer(self.message.relation, *self.ends))
+        return mean(costs.barrier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +82,8 @@ class EventGraph:
     arcs: tuple[Arc, ...]
 
 
-def event_graph(schedule: Schedule, costs: Costs) -> EventGraph:
+@lru_cache(maxsize=256)  # many costs are tried on few schedules
+def event_graph(schedule: Schedule, network: Network = FREE) -> EventGraph:
     """Build the event graph of a valid schedule.
 
     Transfers on one directed link (source worker, target worker) follow one another in the order
@@ -70,14 +91,23 @@ def event_graph(schedule: Schedule, costs: Costs) -> EventGraph:
     program order implies them.
 
     Raises:
-        ValueError: if the costs are for another number of stages.
+        ValueError: for a network with buses, on which the order of transfers depends on times.
 
-    >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
-    >>> [event.name for event in event_graph(ddg(2), costs(2)).events]
+    >>> [event.name for event in event_graph(ddg(2)).events]
     ['F0', 'B0', 'U0', 'F1', 'B1', 'U1', 'gradient 1→0', 'activation 0→1']
     """
-    check_stages(schedule, costs)
+    if network.buses:
+        raise ValueError(
+            "network has buses, on which the order of transfers depends on times: this schedule"
+            " can be simulated (engine 'des'), but not evaluated"
+        )
+    edges = dependencies(schedule)
+    messages: dict[Node, int] = defaultdict(int)
+    for edge in edges:
+        if edge.is_message:
+            messages[edge.source] += 1
+            messages[edge.consumer] += 1
     events: list[Event] = []
     arcs: list[Arc] = []
     index: dict[Node, int] = {}
@@ -86,21 +116,34 @@ def event_graph(schedule: Schedule, costs: Costs) -> EventGraph:
             node = Node(worker, position)
             index[node] = len(events)
             name = f"{template.kind.value}{template.stage}"
-            seconds = costs.duration(template.kind, template.stage)
-            events.append(Event(name, seconds, node=node, sample=template.sample))
+            events.append(
+                Event(
+                    name,
+                    node=node,
+                    sample=template.sample,
+                    template=template,
+                    messages=messages[node],
+                )
+            )
     links: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for edge in dependencies(schedule):
+    for edge in edges:
         if edge.relation is Relation.PROGRAM:
             arcs.append(Arc(index[edge.source], index[edge.target], edge.tokens))
         elif edge.is_message:
             transfer = len(events)
-            events.append(_transfer(schedule, costs, edge))
+            events.append(_transfer(schedule, edge))
             arcs.append(Arc(index[edge.source], transfer, 0))
             arcs.append(Arc(transfer, index[edge.target], edge.tokens, data=True))
             links[edge.source.worker, edge.target.worker].append(transfer)
     for transfers in links.values():
-        arcs.extend(_link_order(events, transfers))
-    _add_barriers(schedule, costs, index, events, arcs)
+        transfers.sort(key=lambda transfer: _message(events[transfer]).source.position)
+        arcs.extend(_link_order(transfers))
+        if network.queue_depth is not None:
+            arcs.extend(_queues(events, index, transfers, network.queue_depth))
+    barriers = _add_barriers(schedule, index, events, arcs)
+    if network.blocking:
+        for transfers in links.values():
+            arcs.extend(_blocking(schedule, events, index, barriers, transfers))
     return EventGraph(schedule, tuple(events), tuple(arcs))
 
 
@@ -124,41 +167,78 @@ def check_stages(schedule: Schedule, costs: Costs) -> None:
         )
 
 
-def _transfer(schedule: Schedule, costs: Costs, edge: Dependency) -> Event:
+def _transfer(schedule: Schedule, edge: Dependency) -> Event:
     source = template_at(schedule, edge.source)
     target = template_at(schedule, edge.consumer)
     name = f"{edge.relation.value} {source.stage}→{target.stage}"
-    seconds = costs.transfer(edge.relation, source.stage, target.stage)
-    return Event(name, seconds, message=edge, sample=source.sample)
+    return Event(name, message=edge, sample=source.sample, ends=(source.stage, target.stage))
 
 
-def _link_order(events: list[Event], transfers: list[int]) -> list[Arc]:
+def _message(event: Event) -> Dependency:
+    assert event.message is not None
+    return event.message
+
+
+def _link_order(ordered: list[int]) -> list[Arc]:
     """One transfer at a time, in the order of production, which repeats every iteration."""
-
-    def produced(transfer: int) -> int:
-        message = events[transfer].message
-        assert message is not None
-        return message.source.position
-
-    ordered = sorted(transfers, key=produced)
     return [
         Arc(before, ordered[(place + 1) % len(ordered)], int(place + 1 == len(ordered)))
         for place, before in enumerate(ordered)
     ]
 
 
+def _queues(
+    events: list[Event], index: dict[Node, int], ordered: list[int], depth: int
+) -> list[Arc]:
+    """A stream's message is sent when the one ``depth`` before it has been used up."""
+    streams: dict[tuple[Relation, tuple[int, int]], list[int]] = defaultdict(list)
+    for transfer in ordered:
+        streams[_message(events[transfer]).relation, events[transfer].ends].append(transfer)
+    arcs = []
+    for stream in streams.values():
+        for place, transfer in enumerate(stream):
+            back, before = divmod(place - depth, len(stream))
+            earlier = _message(events[stream[before]])
+            arcs.append(Arc(index[earlier.consumer], transfer, -back - earlier.tokens, data=True))
+    return arcs
+
+
+def _blocking(
+    schedule: Schedule,
+    events: list[Event],
+    index: dict[Node, int],
+    barriers: dict[Node, int],
+    transfers: list[int],
+) -> list[Arc]:
+    """The sender goes on when its message has arrived."""
+    arcs = []
+    for transfer in transfers:
+        worker, position = source = _message(events[transfer]).source
+        length = len(schedule.workers[worker])
+        if source in barriers:
+            arcs.append(Arc(transfer, barriers[source], 0, data=True))
+        else:
+            after = index[Node(worker, (position + 1) % length)]
+            arcs.append(Arc(transfer, after, int(position + 1 == length), data=True))
+    return arcs
+
+
 def _add_barriers(
-    schedule: Schedule, costs: Costs, index: dict[Node, int], events: list[Event], arcs: list[Arc]
-) -> None:
+    schedule: Schedule, index: dict[Node, int], events: list[Event], arcs: list[Arc]
+) -> dict[Node, int]:
+    """Add barriers; returns the barrier that follows each operation that one follows."""
+    found: dict[Node, int] = {}
     meetings = [barrier_indices(schedule, worker) for worker in range(len(schedule.workers))]
     for group in zip(*meetings, strict=True):
         barrier = len(events)
-        events.append(Event("barrier", costs.barrier))
+        events.append(Event("barrier"))
         for worker, position in enumerate(group):
             length = len(schedule.workers[worker])
             after = index[Node(worker, (position + 1) % length)]
+            found[Node(worker, position)] = barrier
             arcs.append(Arc(index[Node(worker, position)], barrier, 0))
             arcs.append(Arc(barrier, after, int(position + 1 == length)))
+    return found
 
 
 def retiming(graph: EventGraph) -> tuple[int, ...]:
@@ -170,9 +250,8 @@ def retiming(graph: EventGraph) -> tuple[int, ...]:
     Raises:
         ScheduleError: if a cycle carries too few tokens (a deadlock).
 
-    >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
-    >>> set(retiming(event_graph(ddg(3), costs(3))))
+    >>> set(retiming(event_graph(ddg(3))))
     {0}
     """
     rounds = [0] * len(graph.events)
@@ -191,9 +270,8 @@ def retiming(graph: EventGraph) -> tuple[int, ...]:
 def existence(graph: EventGraph, iterations: int) -> list[range]:
     """Per event the iterations in which its sample exists; a barrier is in every one of the run.
 
-    >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
-    >>> existence(event_graph(ddg(2), costs(2)), iterations=5)[:2]
+    >>> existence(event_graph(ddg(2)), iterations=5)[:2]
     [range(0, 5), range(1, 6)]
     """
     m = graph.schedule.samples_per_iteration
@@ -213,9 +291,8 @@ def unroll(
     Raises:
         ScheduleError: if, without draining, something waits for what comes after the end.
 
-    >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
-    >>> for event, tick, waits in unroll(event_graph(ddg(1), costs(1)), iterations=2):
+    >>> for event, tick, waits in unroll(event_graph(ddg(1)), iterations=2):
     ...     print(event, tick, waits)
     0 0 []
     1 0 [(0, 0)]
@@ -261,9 +338,8 @@ def unroll(
 def state_ticks(graph: EventGraph) -> int:
     """Consecutive iterations whose start times determine all that follow.
 
-    >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
-    >>> state_ticks(event_graph(ddg(3), costs(3)))
+    >>> state_ticks(event_graph(ddg(3)))
     2
     """
     rounds = retiming(graph)

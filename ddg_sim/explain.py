@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from ddg_sim.dependencies import BACKWARDS, template_at
+from ddg_sim.dependencies import BACKWARDS
 from ddg_sim.eventgraph import Event
-from ddg_sim.schedule import OpKind, OpTemplate, Schedule
+from ddg_sim.schedule import OpKind, Schedule
 
 
 def duration_text(seconds: float) -> str:
@@ -21,35 +22,38 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 1e-6:.4g} µs" if seconds else "0 s"
 
 
-def explain_cycle(schedule: Schedule, cycle: Sequence[Event], seconds: float, tokens: int) -> str:
+def explain_cycle(
+    schedule: Schedule, cycle: Sequence[Event], durations: Sequence[float], tokens: int
+) -> str:
     """Say what a critical cycle is, with stages counted from 1.
 
     Args:
         schedule: the schedule it belongs to.
         cycle: its events, in the order in which they wait for one another.
-        seconds: the sum of their durations.
+        durations: seconds of each of them.
         tokens: iterations that the cycle spans.
 
-    >>> from ddg_sim.costs import costs
     >>> from ddg_sim.eventgraph import event_graph
     >>> from ddg_sim.methods import ddg
-    >>> own = event_graph(ddg(2), costs(2, update=0.5)).events[3:6]
-    >>> explain_cycle(ddg(2), own, 3.5, 1)
+    >>> own = event_graph(ddg(2)).events[3:6]
+    >>> explain_cycle(ddg(2), own, (1.0, 2.0, 0.5), 1)
     "stage 2's own forward + backward + update bounds you: 3.5 s per iteration"
     """
-    transfers = sum(event.duration for event in cycle if event.message is not None)
+    seconds = math.fsum(durations)
+    timed = list(zip(cycle, durations, strict=True))
+    transfers = math.fsum(duration for event, duration in timed if event.message is not None)
     total = _total(seconds, tokens, transfers)
-    templates = [template_at(schedule, event.node) for event in cycle if event.node is not None]
+    templates = [event.template for event in cycle if event.template is not None]
     if not templates:
         names = ", ".join(_one_based(event) for event in cycle)
         return f"the link that carries {names} bounds you: {_total(seconds, tokens, 0.0)}"
-    if any(event.node is None and event.message is None for event in cycle):
-        parts = [_between_barriers(schedule, part) for part in _split(cycle)]
+    if any(_is_barrier(event) for event in cycle):
+        parts = [_between_barriers(schedule, part) for part in _split(timed)]
         return f"{', then '.join(parts)} between barriers bounds you: {total}"
     stages = sorted({template.stage for template in templates})
     workers = {event.node.worker for event in cycle if event.node is not None}
     if len(stages) == 1:
-        return f"stage {stages[0] + 1}'s own {_kinds(cycle, templates)} bounds you: {total}"
+        return f"stage {stages[0] + 1}'s own {_kinds(timed)} bounds you: {total}"
     if len(workers) == 1:
         held = ", ".join(str(stage + 1) for stage in stages)
         return f"worker {workers.pop() + 1}'s own work on stages {held} bounds you: {total}"
@@ -71,36 +75,38 @@ def _one_based(event: Event) -> str:
     return f"the {relation}s from stage {int(source) + 1} to stage {int(target) + 1}"
 
 
-def _kinds(cycle: Sequence[Event], templates: Sequence[OpTemplate]) -> str:
-    operations = [event for event in cycle if event.node is not None]
-    words: list[str] = []
-    for event, template in zip(operations, templates, strict=True):
-        word = template.kind.noun
-        if event.duration > 0 and word not in words:
-            words.append(word)
-    return " + ".join(words) or "program"
+Timed = tuple[Event, float]  # an event and its seconds
 
 
-def _split(cycle: Sequence[Event]) -> list[list[Event]]:
+def _is_barrier(event: Event) -> bool:
+    return event.node is None and event.message is None
+
+
+def _kinds(timed: Sequence[Timed]) -> str:
+    words = [event.template.kind.noun for event, seconds in timed if event.template and seconds > 0]
+    return " + ".join(dict.fromkeys(words)) or "program"
+
+
+def _split(timed: Sequence[Timed]) -> list[list[Timed]]:
     """The stretches of a cycle between its barriers, from the first barrier on."""
-    first = next(i for i, event in enumerate(cycle) if event.node is None and not event.message)
-    parts: list[list[Event]] = []
-    for event in (*cycle[first:], *cycle[:first]):
-        if event.node is None and event.message is None:
+    first = next(place for place, (event, _) in enumerate(timed) if _is_barrier(event))
+    parts: list[list[Timed]] = []
+    for event, seconds in (*timed[first:], *timed[:first]):
+        if _is_barrier(event):
             parts.append([])
         else:
-            parts[-1].append(event)
+            parts[-1].append((event, seconds))
 
-    def order(part: list[Event]) -> int:
-        return 0 if part and part[0].name.startswith("F") else 1
+    def order(part: list[Timed]) -> int:
+        return 0 if part[0][0].name.startswith("F") else 1
 
     return sorted((part for part in parts if part), key=order)  # forwards come first in prose
 
 
-def _between_barriers(schedule: Schedule, part: Sequence[Event]) -> str:
-    templates = [template_at(schedule, event.node) for event in part if event.node is not None]
+def _between_barriers(schedule: Schedule, part: Sequence[Timed]) -> str:
+    templates = [event.template for event, _ in part if event.template is not None]
     stages = [template.stage for template in templates]
-    kinds = _kinds(part, templates)
+    kinds = _kinds(part)
     ends = f"stages {stages[0] + 1} to {stages[-1] + 1}"
     if all(template.kind is OpKind.FORWARD for template in templates):
         if len(set(stages)) == schedule.num_stages:

@@ -21,7 +21,7 @@ from ddg_sim.dependencies import (
     validate,
 )
 from ddg_sim.rings import ring_slots
-from ddg_sim.schedule import Jacobian, Op, OpKind, Rule, Schedule, steady_iterations
+from ddg_sim.schedule import Jacobian, Op, OpKind, OpTemplate, Rule, Schedule, steady_iterations
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +65,12 @@ Instruction = Op | Send | Receive | Barrier
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """A stream of messages between two operations, and the ring of buffers it needs."""
+    """A stream of messages from an operation of stage ``source`` to one of stage ``target``."""
 
+    number: int
     dependency: Dependency
     source: int
     target: int
-    slots: int
 
     @property
     def relation(self) -> Relation:
@@ -84,21 +84,82 @@ def channels(schedule: Schedule) -> tuple[Channel, ...]:
 
     >>> from ddg_sim.methods import ddg
     >>> for channel in channels(ddg(2)):
-    ...     print(channel.relation.value, channel.source, channel.target, channel.slots)
-    gradient 1 0 2
-    activation 0 1 2
+    ...     print(channel.number, channel.relation.value, channel.source, channel.target)
+    0 gradient 1 0
+    1 activation 0 1
     """
     validate(schedule)
-    slots = ring_slots(schedule)
+    messages = [edge for edge in dependencies(schedule) if edge.is_message]
     return tuple(
         Channel(
+            number,
             edge,
             template_at(schedule, edge.source).stage,
             template_at(schedule, edge.consumer).stage,
-            slots[edge],
         )
-        for edge in dependencies(schedule)
-        if edge.is_message
+        for number, edge in enumerate(messages)
+    )
+
+
+@lru_cache(maxsize=32)
+def slots(schedule: Schedule) -> tuple[int, ...]:
+    """Buffers that each message stream needs, in the order of `channels`.
+
+    >>> from ddg_sim.methods import ddg
+    >>> slots(ddg(2))
+    (2, 2)
+    """
+    found = ring_slots(schedule)
+    return tuple(found[channel.dependency] for channel in channels(schedule))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in a worker's loop body: what is received before it, and sent after it.
+
+    ``barrier`` is the barrier that follows (0 for the first of an iteration), or None. Messages
+    are received before ``incoming``'s place; the operation that ``uses`` them may come later.
+    """
+
+    template: OpTemplate
+    incoming: tuple[Channel, ...]
+    outgoing: tuple[Channel, ...]
+    uses: tuple[Channel, ...]
+    barrier: int | None
+
+
+@lru_cache(maxsize=32)
+def bodies(schedule: Schedule) -> tuple[tuple[Place, ...], ...]:
+    """Every worker's loop body with its messages and barriers: what all executors walk.
+
+    >>> from ddg_sim.methods import ddg
+    >>> for place in bodies(ddg(2))[1]:
+    ...     print(place.template, len(place.incoming), len(place.outgoing))
+    F1(t) 1 0
+    B1(t) 0 1
+    U1(t) 0 0
+    """
+    incoming: dict[Node, list[Channel]] = defaultdict(list)
+    outgoing: dict[Node, list[Channel]] = defaultdict(list)
+    uses: dict[Node, list[Channel]] = defaultdict(list)
+    for channel in channels(schedule):
+        incoming[channel.dependency.target].append(channel)
+        outgoing[channel.dependency.source].append(channel)
+        uses[channel.dependency.consumer].append(channel)
+
+    def place(worker: int, index: int, meetings: tuple[int, ...]) -> Place:
+        node = Node(worker, index)
+        return Place(
+            schedule.workers[worker][index],
+            tuple(incoming[node]),
+            tuple(outgoing[node]),
+            tuple(uses[node]),
+            meetings.index(index) if index in meetings else None,
+        )
+
+    return tuple(
+        tuple(place(worker, index, barrier_indices(schedule, worker)) for index in range(len(body)))
+        for worker, body in enumerate(schedule.workers)
     )
 
 
@@ -122,35 +183,35 @@ def instructions(
     Send gradient 1→0 (0)
     Op U1(0)v1@0
     """
-    incoming: dict[int, list[Channel]] = defaultdict(list)
-    outgoing: dict[int, list[Channel]] = defaultdict(list)
-    for channel in channels(schedule):
-        if channel.dependency.target.worker == worker:
-            incoming[channel.dependency.target.position].append(channel)
-        if channel.dependency.source.worker == worker:
-            outgoing[channel.dependency.source.position].append(channel)
-    meetings = barrier_indices(schedule, worker)
+    body = bodies(schedule)[worker]
+    rings = slots(schedule)
+    barriers = sum(place.barrier is not None for place in body)
     total = iterations * schedule.samples_per_iteration
     for iteration, tick in enumerate(schedule.ticks(worker, iterations, drain)):
-        for index, op in enumerate(tick):
-            for channel in incoming[index]:
+        for place, op in zip(body, tick, strict=True):
+            for channel in place.incoming:
                 sent = iteration - channel.dependency.tokens
-                message = _message(schedule, channel, sent)
+                message = message_of(schedule, channel, sent)
                 if 0 <= message.sample < total:
-                    yield Receive(message, sent % channel.slots)
+                    yield Receive(message, sent % rings[channel.number])
             if op is not None:
                 yield op
-                for channel in outgoing[index]:
+                for channel in place.outgoing:
                     # Without draining, what nobody will receive is not sent either.
                     if drain or iteration + channel.dependency.tokens < iterations:
-                        message = _message(schedule, channel, iteration)
-                        yield Send(message, iteration % channel.slots)
-            if index in meetings:
-                yield Barrier(iteration * len(meetings) + meetings.index(index))
+                        message = message_of(schedule, channel, iteration)
+                        yield Send(message, iteration % rings[channel.number])
+            if place.barrier is not None:
+                yield Barrier(iteration * barriers + place.barrier)
 
 
-def _message(schedule: Schedule, channel: Channel, iteration: int) -> Message:
-    """The message that the channel's source sends in ``iteration``."""
+def message_of(schedule: Schedule, channel: Channel, iteration: int) -> Message:
+    """The message that the channel's source sends in ``iteration``.
+
+    >>> from ddg_sim.methods import ddg
+    >>> print(message_of(ddg(2), channels(ddg(2))[0], 4))
+    gradient 1→0 (4)
+    """
     source: Node = channel.dependency.source
     sample = schedule.sample_of(template_at(schedule, source), iteration)
     return Message(channel.relation, channel.source, channel.target, sample)

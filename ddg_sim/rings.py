@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from ddg_sim.costs import costs
 from ddg_sim.dependencies import Dependency
 from ddg_sim.eventgraph import event_graph, existence, unroll
 from ddg_sim.schedule import Schedule, steady_iterations
@@ -24,7 +23,7 @@ def ring_slots(schedule: Schedule) -> dict[Dependency, int]:
     ...  for edge, slots in ring_slots(ddg(4)).items() if edge.relation.value == "activation"]
     [('activation', 0, 4), ('activation', 1, 3), ('activation', 2, 2)]
     """
-    graph = event_graph(schedule, costs(schedule.num_stages))
+    graph = event_graph(schedule)
     events = {event.node: index for index, event in enumerate(graph.events)}
     messages = [event.message for event in graph.events if event.message is not None]
     produces: dict[int, list[int]] = {}

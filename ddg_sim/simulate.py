@@ -1,20 +1,25 @@
 """The discrete-event simulator: every worker walks its lowered program, on SimPy.
 
-It runs exactly the instructions that the executors run, and so is the reference; `cycletime`
-computes the same times independently.
+It is the reference: it walks the same loop bodies as the executors (`lowering.bodies`), and what
+waits for what comes out of the run. `cycletime` computes the same times independently, where the
+order of everything is known beforehand; on shared buses only the simulation knows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from array import array
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 
 import simpy
 
 from ddg_sim.costs import Costs
-from ddg_sim.eventgraph import check_stages
-from ddg_sim.lowering import Barrier, Message, Receive, Send, instructions
-from ddg_sim.schedule import Op, Schedule, ScheduleError
-from ddg_sim.timeline import Span, Timeline, message_span, op_span, worker_lane
+from ddg_sim.draws import durations
+from ddg_sim.eventgraph import check_stages, event_graph, existence
+from ddg_sim.lowering import Channel, Place, bodies, channels, message_of
+from ddg_sim.network import Bus, Network, Sharing
+from ddg_sim.schedule import OpKind, Schedule, ScheduleError
+from ddg_sim.timeline import Timeline, columns
 
 Process = Generator[simpy.Event, object, None]
 
@@ -23,19 +28,29 @@ class SteadyStateError(RuntimeError):
     """A simulation that did not reach its steady state within the allowed iterations."""
 
 
-def simulate(schedule: Schedule, costs: Costs, iterations: int, drain: bool = True) -> Timeline:
+def simulate(
+    schedule: Schedule,
+    costs: Costs,
+    iterations: int,
+    drain: bool = True,
+    seed: int = 0,
+    run: int = 0,
+) -> Timeline:
     """Simulate a run of ``iterations`` iterations.
 
     An operation takes its duration, a receive waits for its message, a send hands the message to
     the directed link between the two workers and returns at once, a barrier waits for everyone.
-    A link carries one message at a time, first come first served, while the workers compute.
-    Transfers that take no time leave no span.
+    A link carries one message at a time, first come first served, while the workers compute;
+    `network.Network` says otherwise. Replicas run the same program and meet at each all-reduce; the
+    timeline is that of the first.
 
     Args:
         schedule: a valid schedule.
         costs: seconds, for the same number of stages.
         iterations: iterations of samples that are fed.
         drain: whether to go on until all samples are used everywhere.
+        seed: of the draws, where times vary.
+        run: which of the seed's runs.
 
     Raises:
         ScheduleError: if workers wait for one another for ever; names what waits for what.
@@ -61,86 +76,410 @@ def simulate(schedule: Schedule, costs: Costs, iterations: int, drain: bool = Tr
     stage 2 B1 5.5 7.5
     """
     check_stages(schedule, costs)
-    run = _Run(schedule, costs)
-    workers = range(len(schedule.workers))
-    processes = [run.env.process(run.worker(worker, iterations, drain)) for worker in workers]
-    run.env.run()
-    if any(process.is_alive for process in processes):
-        waiting = "; ".join(
-            f"worker {worker} waits for {run.waits[worker]}" for worker in run.waits
+    env = simpy.Environment(initial_time=0.0)
+    graph = event_graph(schedule)
+    times = durations(graph, costs, iterations, seed, range(run, run + 1))
+    meeting = _Meeting(env, getattr(schedule, "replicas", 1))
+    replicas = [
+        _Replica(
+            env,
+            schedule,
+            [time if isinstance(time, float) else time[:, 0, r].tolist() for time in times],
+            costs.network,
+            iterations,
+            drain,
+            meeting,
         )
-        raise ScheduleError(f"deadlock after {run.env.now:g} s: {waiting}")
-    return Timeline(schedule, iterations, tuple(run.spans), deterministic=True)
+        for r in range(getattr(schedule, "replicas", 1))
+    ]
+    processes = [
+        env.process(replica.work(worker))
+        for replica in replicas
+        for worker in range(len(schedule.workers))
+    ]
+    env.run()
+    if any(process.is_alive for process in processes):
+        waiting = "; ".join(waits for replica in replicas for waits in replica.waiting())
+        raise ScheduleError(f"deadlock after {env.now:g} s: {waiting}")
+    first = replicas[0]
+    operations = [
+        (worker, position, place.ticks, place.starts, place.ends)
+        for worker, body in enumerate(first.bodies)
+        for position, place in enumerate(body)
+    ]
+    transfers = [
+        (stream.channel.number, 0, stream.ticks, stream.starts, stream.ends)
+        for stream in first.streams
+    ]
+    return Timeline(schedule, iterations, columns(operations), columns(transfers), not costs.random)
 
 
-class _Run:
-    """State of one simulation: the links, the messages and barriers, what is waited for."""
+Seconds = float | list[float]  # always the same, or per iteration
 
-    def __init__(self, schedule: Schedule, costs: Costs) -> None:
+
+class _Stream:
+    """The messages of one channel: which have arrived, and who waits for the next one."""
+
+    __slots__ = (
+        "arrived", "channel", "ends", "link", "needed", "seconds", "starts", "ticks", "waiters"
+    )  # fmt: skip
+
+    def __init__(self, channel: Channel, needed: range, ticks: range, seconds: Seconds) -> None:
+        self.channel = channel
+        self.needed = needed  # the iterations whose message somebody waits for
+        self.ticks = ticks  # the iterations in which a message is sent
+        self.seconds = seconds
+        self.arrived = ticks.start  # all messages sent in earlier iterations are there
+        self.waiters: list[tuple[int, simpy.Event]] = []
+        self.link: _Link
+        self.starts, self.ends = array("d"), array("d")
+
+    def arrive(self, _: object = None) -> None:
+        self.arrived += 1
+        if self.waiters:
+            for tick, event in self.waiters:
+                if tick < self.arrived:
+                    event.succeed()
+            self.waiters = [waiter for waiter in self.waiters if waiter[0] >= self.arrived]
+
+    def until(self, event: simpy.Event, tick: int) -> simpy.Event:
+        """Let ``event`` happen when the message sent in ``tick`` has arrived."""
+        self.waiters.append((tick, event))
+        return event
+
+
+class _Place:
+    """A place in a loop body while it is simulated; see `lowering.Place`."""
+
+    __slots__ = (
+        "barrier", "ends", "frees", "incoming", "meets", "outgoing", "seconds", "starts", "ticks"
+    )  # fmt: skip
+
+    def __init__(
+        self, place: Place, ticks: range, seconds: Seconds, streams: list[_Stream]
+    ) -> None:
+        self.ticks = ticks
+        self.seconds = seconds
+        self.incoming = [(streams[c.number], c.dependency.tokens) for c in place.incoming]
+        self.outgoing = [streams[c.number] for c in place.outgoing]
+        self.barrier = place.barrier
+        self.frees = [(streams[c.number], c.dependency.tokens) for c in place.uses]
+        self.meets = place.template.kind is OpKind.ALL_REDUCE
+        self.starts, self.ends = array("d"), array("d")
+
+
+class _Replica:
+    """One copy of all workers, with its links and barriers."""
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        schedule: Schedule,
+        times: list[Seconds],
+        network: Network,
+        iterations: int,
+        drain: bool,
+        meeting: _Meeting,
+    ) -> None:
+        self.env = env
         self.schedule = schedule
-        self.costs = costs
-        self.env = simpy.Environment(initial_time=0.0)
-        self.spans: list[Span] = []
-        self.waits: dict[int, str] = {}
-        self._home = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
-        self._arrived: dict[Message, simpy.Event] = {}
-        self._links: dict[tuple[int, int], simpy.Store] = {}
-        self._barriers: dict[int, tuple[simpy.Event, list[int]]] = {}
+        self.ticks = schedule.num_ticks(iterations, drain)
+        self.meeting = meeting
+        self.blocking = network.blocking
+        needed = existence(event_graph(schedule), iterations)
+        exist = [
+            range(found.start, max(found.start, min(found.stop, self.ticks))) for found in needed
+        ]
+        first = sum(map(len, schedule.workers))  # operations come first, then transfers, barriers
+        self.streams = []
+        for channel in channels(schedule):
+            sent = exist[first + channel.number]
+            if not drain:  # what nobody will receive is not sent
+                late = max(0, channel.dependency.tokens)
+                sent = range(sent.start, max(sent.start, min(sent.stop, self.ticks - late)))
+            at = first + channel.number
+            self.streams.append(_Stream(channel, needed[at], sent, times[at]))
+        self.barrier_times = times[first + len(self.streams) :]
+        operation = iter(range(first))
+        self.bodies = [
+            [
+                _Place(place, exist[at], times[at], self.streams)
+                for place in body
+                if (at := next(operation)) is not None
+            ]
+            for body in bodies(schedule)
+        ]
+        self._waits: dict[int, tuple[_Stream, int] | str] = {}
+        self._barriers: dict[tuple[int, int], tuple[simpy.Event, list[int]]] = {}
+        self._links = _Links(env, network, self.streams)
+        if network.queue_depth is None:
+            for place in (place for body in self.bodies for place in body):
+                place.frees = []  # nobody waits for a place in a queue
 
-    def worker(self, worker: int, iterations: int, drain: bool) -> Process:
+    def waiting(self) -> Iterator[str]:
+        """Per worker that waits, what for."""
+        for worker, what in sorted(self._waits.items()):
+            if not isinstance(what, str):
+                stream, tick = what
+                what = str(message_of(self.schedule, stream.channel, tick))
+            yield f"worker {worker} waits for {what}"
+
+    def work(self, worker: int) -> Process:
         """Walk the program of one worker."""
-        lane = worker_lane(self.schedule, worker)
-        for step in instructions(self.schedule, worker, iterations, drain):
-            match step:
-                case Op():
-                    start = self.env.now
-                    yield self.env.timeout(self.costs.duration(step.kind, step.stage))
-                    self.spans.append(op_span(lane, step, start, self.env.now))
-                case Receive():
-                    self.waits[worker] = f"{step.message}"
-                    yield self._arrival(step.message)
-                    del self.waits[worker]
-                    del self._arrived[step.message]
-                case Send():
-                    self._send(step.message)
-                case Barrier():
-                    self.waits[worker] = f"barrier {step.number}"
-                    yield self._meet(worker, step.number)
-                    del self.waits[worker]
+        env, timeout, send, waits = self.env, self.env.timeout, self._links.send, self._waits
+        for tick in range(self.ticks):
+            for position, place in enumerate(self.bodies[worker]):
+                for stream, tokens in place.incoming:
+                    sent = tick - tokens
+                    if sent >= stream.arrived and sent in stream.needed:
+                        waits[worker] = (stream, sent)
+                        yield stream.until(env.event(), sent)
+                        del waits[worker]
+                if tick in place.ticks:
+                    if place.meets:
+                        waits[worker] = "its replicas"
+                        yield self.meeting.come((worker, position, tick))
+                        del waits[worker]
+                    place.starts.append(env.now)
+                    seconds = place.seconds
+                    if isinstance(seconds, list):
+                        seconds = seconds[tick]
+                    if seconds:
+                        yield timeout(seconds)
+                    place.ends.append(env.now)
+                    for stream in place.outgoing:
+                        if tick in stream.ticks:
+                            send(stream, tick)
+                    for stream, tokens in place.frees:
+                        self._links.use(stream, tick - tokens)
+                    if self.blocking:
+                        for stream in place.outgoing:
+                            if tick in stream.ticks:
+                                waits[worker] = (stream, tick)
+                                if stream.arrived <= tick:
+                                    yield stream.until(env.event(), tick)
+                                del waits[worker]
+                if place.barrier is not None:
+                    waits[worker] = f"barrier {place.barrier} of iteration {tick}"
+                    yield self._meet(worker, place.barrier, tick)
+                    del waits[worker]
 
-    def _arrival(self, message: Message) -> simpy.Event:
-        return self._arrived.setdefault(message, self.env.event())
-
-    def _send(self, message: Message) -> None:
-        ends = self._home[message.source], self._home[message.target]
-        if ends not in self._links:
-            self._links[ends] = simpy.Store(self.env)
-            self.env.process(self._carry(self._links[ends]))
-        self._links[ends].put(message)
-
-    def _carry(self, queue: simpy.Store) -> Process:
-        """A directed link: one message at a time, first come first served."""
-        while True:
-            message = yield queue.get()
-            assert isinstance(message, Message)
-            start = self.env.now
-            seconds = self.costs.transfer(message.relation, message.source, message.target)
-            if seconds > 0:
-                yield self.env.timeout(seconds)
-                self.spans.append(message_span(message, start, self.env.now))
-            self._arrival(message).succeed()
-
-    def _meet(self, worker: int, number: int) -> simpy.Event:
-        everyone, present = self._barriers.setdefault(number, (self.env.event(), []))
+    def _meet(self, worker: int, barrier: int, tick: int) -> simpy.Event:
+        everyone, present = self._barriers.setdefault((barrier, tick), (self.env.event(), []))
         present.append(worker)
-        if len(present) == len(self.schedule.workers):
-            del self._barriers[number]
-            self.env.process(self._release(everyone))
+        if len(present) == len(self.bodies):
+            del self._barriers[barrier, tick]
+            seconds = self.barrier_times[barrier]
+            release = self.env.timeout(seconds[tick] if isinstance(seconds, list) else seconds)
+            release.callbacks.append(lambda _: _succeed(everyone))
         return everyone
 
-    def _release(self, everyone: simpy.Event) -> Process:
-        yield self.env.timeout(self.costs.barrier)
-        everyone.succeed()
+
+def _succeed(event: simpy.Event) -> None:
+    event.succeed()
+
+
+class _Meeting:
+    """Where the replicas of an operation wait for one another."""
+
+    def __init__(self, env: simpy.Environment, replicas: int) -> None:
+        self._env, self._replicas = env, replicas
+        self._open: dict[tuple[int, int, int], tuple[simpy.Event, list[None]]] = {}
+
+    def come(self, where: tuple[int, int, int]) -> simpy.Event:
+        everyone, present = self._open.setdefault(where, (self._env.event(), []))
+        present.append(None)
+        if len(present) == self._replicas:
+            del self._open[where]
+            everyone.succeed()
+        return everyone
+
+
+# --- Links --------------------------------------------------------------------------------------
+
+
+class _Link:
+    """A directed link between two workers: one message at a time, in order."""
+
+    __slots__ = ("busy", "free", "medium", "pending")
+
+    def __init__(self, medium: _Medium) -> None:
+        self.free = 0.0  # when it is, where transfers only queue
+        self.busy = False
+        self.pending: deque[tuple[_Stream, int]] = deque()
+        self.medium = medium
+
+
+class _Queue:
+    """The messages of all channels with the same ends, numbered in the order of production."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.streams: list[_Stream] = []
+        self.used: set[int] = set()
+
+    def has_room(self, stream: _Stream, tick: int) -> bool:
+        """Whether the message ``depth`` before this one has been used up, or never was."""
+        number = self._number(stream, tick) - self.depth
+        before, place = divmod(number, len(self.streams))
+        return before not in self.streams[place].ticks or number in self.used
+
+    def use(self, stream: _Stream, tick: int) -> None:
+        number = self._number(stream, tick)
+        self.used.add(number)
+        self.used.discard(number - 2 * self.depth)  # its successor has been sent long ago
+
+    def _number(self, stream: _Stream, tick: int) -> int:
+        return len(self.streams) * tick + self.streams.index(stream)
+
+
+class _Links:
+    """Hands messages to links, and links to the media that carry them."""
+
+    def __init__(self, env: simpy.Environment, network: Network, streams: list[_Stream]) -> None:
+        self._env = env
+        self._plain = network.queue_depth is None and not network.buses
+        links: dict[tuple[int, int], _Link] = {}
+        media: dict[Bus, _Medium] = {}
+        self._queues: dict[_Stream, _Queue] = {}
+        queues: dict[tuple[object, int, int], _Queue] = {}
+        order = sorted(streams, key=lambda stream: stream.channel.dependency.source)
+        for stream in order:
+            edge, ends = stream.channel.dependency, (stream.channel.source, stream.channel.target)
+            bus = next((bus for bus in network.buses if ends in bus.links), None)
+            workers = edge.source.worker, edge.target.worker
+            if workers not in links:
+                if bus is None:
+                    medium: _Medium = _Fifo(env)
+                elif bus in media:
+                    medium = media[bus]
+                else:
+                    medium = media[bus] = MEDIA[bus.sharing](env)
+                links[workers] = _Link(medium)
+            stream.link = links[workers]
+            if network.queue_depth is not None:
+                key = (stream.channel.relation, *ends)
+                queue = queues.setdefault(key, _Queue(network.queue_depth))
+                queue.streams.append(stream)
+                self._queues[stream] = queue
+
+    def send(self, stream: _Stream, tick: int) -> None:
+        """Hand over the message sent in ``tick``."""
+        link = stream.link
+        if not self._plain:
+            link.pending.append((stream, tick))
+            self._pump(link)
+            return
+        now, seconds = self._env.now, stream.seconds
+        if isinstance(seconds, list):
+            seconds = seconds[tick]
+        start = link.free if link.free > now else now
+        link.free = end = start + seconds
+        stream.starts.append(start)
+        stream.ends.append(end)
+        if end > now:
+            self._env.timeout(end - now).callbacks.append(stream.arrive)
+        else:
+            stream.arrive()
+
+    def use(self, stream: _Stream, tick: int) -> None:
+        """The operation that needed the message sent in ``tick`` has ended."""
+        if tick in stream.ticks:
+            self._queues[stream].use(stream, tick)
+            self._pump(stream.link)
+
+    def _pump(self, link: _Link) -> None:
+        """Begin the next transfer of a link, if it may begin."""
+        if link.busy or not link.pending:
+            return
+        stream, tick = link.pending[0]
+        if self._queues and not self._queues[stream].has_room(stream, tick):
+            return
+        link.pending.popleft()
+        link.busy = True
+        seconds = stream.seconds[tick] if isinstance(stream.seconds, list) else stream.seconds
+
+        def done() -> None:
+            stream.ends.append(self._env.now)
+            link.busy = False
+            stream.arrive()
+            self._pump(link)
+
+        link.medium.carry(seconds, lambda: stream.starts.append(self._env.now), done)
+
+
+Callback = Callable[[], None]
+
+
+class _Fifo:
+    """A medium that carries one transfer after the other."""
+
+    def __init__(self, env: simpy.Environment) -> None:
+        self._env = env
+        self._waiting: deque[tuple[float, Callback, Callback]] = deque()
+        self._busy = False
+
+    def carry(self, seconds: float, begin: Callback, done: Callback) -> None:
+        self._waiting.append((seconds, begin, done))
+        if not self._busy:
+            self._next()
+
+    def _next(self) -> None:
+        if self._waiting:
+            self._busy = True
+            seconds, begin, done = self._waiting.popleft()
+            begin()
+            self._env.timeout(seconds).callbacks.append(lambda _: self._end(done))
+
+    def _end(self, done: Callback) -> None:
+        self._busy = False
+        done()
+        if not self._busy:
+            self._next()
+
+
+class _Fair:
+    """A medium that all transfers share equally (processor sharing)."""
+
+    def __init__(self, env: simpy.Environment) -> None:
+        self._env = env
+        self._left: dict[Callback, float] = {}  # seconds that it would still take alone
+        self._since = 0.0
+        self._turn = 0
+
+    def carry(self, seconds: float, begin: Callback, done: Callback) -> None:
+        self._progress()
+        begin()
+        self._left[done] = seconds
+        self._plan()
+
+    def _progress(self) -> None:
+        elapsed, self._since = self._env.now - self._since, self._env.now
+        for done in self._left:
+            self._left[done] -= elapsed / len(self._left)
+
+    def _plan(self) -> None:
+        """Wake up when the first transfer ends, if nothing changes before."""
+        self._turn += 1
+        if self._left:
+            first = min(self._left, key=lambda done: self._left[done])
+            timer = self._env.timeout(max(0.0, self._left[first]) * len(self._left))
+            turn = self._turn
+            timer.callbacks.append(lambda _: self._end(first, turn))
+
+    def _end(self, done: Callback, turn: int) -> None:
+        if turn == self._turn:
+            self._progress()
+            del self._left[done]
+            self._plan()
+            done()
+
+
+_Medium = _Fifo | _Fair
+MEDIA: dict[Sharing, Callable[[simpy.Environment], _Medium]] = {
+    Sharing.FIFO: _Fifo,
+    Sharing.FAIR: _Fair,
+}
 
 
 def steady_period(schedule: Schedule, costs: Costs, max_iterations: int = 4096) -> float:

@@ -6,18 +6,17 @@ them, by the same code for predicted and measured runs.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from ddg_sim.costs import costs
-from ddg_sim.dependencies import BACKWARDS, Relation
 from ddg_sim.eventgraph import event_graph, retiming, state_ticks
-from ddg_sim.lowering import Message, StageMemory, stage_memory
-from ddg_sim.schedule import Op, OpKind, Schedule
+from ddg_sim.lowering import Message, StageMemory, channels, message_of, stage_memory
+from ddg_sim.schedule import Op, Schedule
 from ddg_sim.steady import Regime, find_regime, robust_period
 
 
@@ -70,6 +69,7 @@ def op_span(lane: str, op: Op, start: float, end: float) -> Span:
 def message_span(message: Message, start: float, end: float) -> Span:
     """Span of the transfer of a message, in seconds.
 
+    >>> from ddg_sim.dependencies import Relation
     >>> message_span(Message(Relation.GRADIENT, 1, 0, 3), 1.0, 1.5).lane
     'link 2→1'
     """
@@ -77,14 +77,40 @@ def message_span(message: Message, start: float, end: float) -> Span:
     return Span(lane, f"{message.relation.value} {message.sample}", start, end, message=message)
 
 
-@dataclass(frozen=True)
+#: Columns of a timeline: a loop body's place (worker, position), or a channel's number and 0; the
+#: iteration in which it ran, or was sent; seconds.
+COLUMNS = np.dtype(
+    [("lane", "i4"), ("position", "i4"), ("iteration", "i4"), ("start", "f8"), ("end", "f8")]
+)
+Columns = NDArray[Any]
+
+
+def columns(rows: Iterable[tuple[int, int, Iterable[int], ArrayLike, ArrayLike]]) -> Columns:
+    """Columns from (lane, position, iterations, starts, ends) groups.
+
+    >>> columns([(0, 1, range(2), [0.0, 1.0], [0.5, 1.5])])["end"].tolist()
+    [0.5, 1.5]
+    """
+    parts = []
+    for lane, position, iterations, starts, ends in rows:
+        part = np.empty(np.size(starts), COLUMNS)
+        part["lane"], part["position"] = lane, position
+        part["iteration"], part["start"], part["end"] = list(iterations), starts, ends
+        parts.append(part)
+    return np.concatenate(parts) if parts else np.empty(0, COLUMNS)
+
+
+@dataclass(frozen=True, eq=False)
 class Timeline:
-    """Spans of a run of ``schedule`` that was fed ``iterations`` iterations.
+    """What happened in a run of ``schedule`` that was fed ``iterations`` iterations.
+
+    It is kept in columns, so that millions of operations fit; `spans` reads them one by one.
 
     Args:
         schedule: what was run.
         iterations: iterations of samples that were fed (the drain comes on top).
-        spans: in any order; operations must carry their ``op``.
+        op_columns: the operations; lane and position say which place of which worker.
+        message_columns: the transfers; lane is the channel's number, as in `lowering.channels`.
         deterministic: whether an engine computed it from fixed costs. Such a run repeats itself
             exactly in the end and its period is read off; of any other run the period is a robust
             slope. Measured runs leave it False.
@@ -99,18 +125,71 @@ class Timeline:
 
     schedule: Schedule
     iterations: int
-    spans: tuple[Span, ...]
+    op_columns: Columns
+    message_columns: Columns
     deterministic: bool = False
 
-    @property
+    @staticmethod
+    def of(schedule: Schedule, iterations: int, spans: Iterable[Span]) -> Timeline:
+        """The timeline of a measured run, from its spans.
+
+        >>> from ddg_sim.costs import costs
+        >>> from ddg_sim.cycletime import evaluate
+        >>> from ddg_sim.methods import ddg
+        >>> run = evaluate(ddg(2), costs(2, comm=0.5), iterations=3)
+        >>> sorted(Timeline.of(ddg(2), 3, run.spans).spans, key=str) == sorted(run.spans, key=str)
+        True
+        """
+        m = schedule.samples_per_iteration
+        place = {
+            (template.kind, template.stage, template.sample % m): (worker, position)
+            for worker, body in enumerate(schedule.workers)
+            for position, template in enumerate(body)
+        }
+        channel = {}
+        for found in channels(schedule):
+            offset = message_of(schedule, found, 0).sample
+            channel[found.relation, found.source, offset % m] = (found.number, offset)
+        operations, transfers = [], []
+        for span in spans:
+            if span.op is not None:
+                op = span.op
+                lane, position = place[op.kind, op.stage, op.sample % m]
+                operations.append((lane, position, op.iteration, span.start, span.end))
+            elif span.message is not None:
+                sent = span.message
+                number, offset = channel[sent.relation, sent.source, sent.sample % m]
+                iteration = (sent.sample - offset) // m
+                transfers.append((number, 0, iteration, span.start, span.end))
+        return Timeline(
+            schedule, iterations, np.array(operations, COLUMNS), np.array(transfers, COLUMNS)
+        )
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Everything that took place, one by one; transfers that took no time are left out."""
+        streams = channels(self.schedule)
+        transfers = (
+            message_span(message_of(self.schedule, streams[number], iteration), start, end)
+            for number, _, iteration, start, end in self.message_columns.tolist()
+            if end > start
+        )
+        return (*(span for span, _ in self.operations), *transfers)
+
+    @cached_property
     def start(self) -> float:
         """Seconds at which the first span starts; 0 without spans."""
-        return min((span.start for span in self.spans), default=0.0)
+        starts = [table["start"].min() for table in self._tables() if table.size]
+        return float(min(starts, default=0.0))
 
-    @property
+    @cached_property
     def makespan(self) -> float:
         """Seconds from the start of the first span to the end of the last; 0 without spans."""
-        return max((span.end for span in self.spans), default=0.0) - self.start
+        ends = [table["end"].max() for table in self._tables() if table.size]
+        return float(max(ends, default=0.0)) - self.start
+
+    def _tables(self) -> tuple[Columns, Columns]:
+        return self.op_columns, self.message_columns
 
     @cached_property
     def operations(self) -> tuple[tuple[Span, Op], ...]:
@@ -118,8 +197,19 @@ class Timeline:
 
         The end decides between an operation that takes no time and what follows it.
         """
-        found = [(span, span.op) for span in self.spans if span.op is not None]
-        return tuple(sorted(found, key=lambda pair: (pair[0].start, pair[0].end)))
+        table = self.op_columns
+        programs = [
+            list(self.schedule.ticks(worker, self.iterations))
+            for worker in range(len(self.schedule.workers))
+        ]
+        lanes = [worker_lane(self.schedule, worker) for worker in range(len(programs))]
+        order = np.lexsort((table["position"], table["iteration"], table["end"], table["start"]))
+        found = []
+        for worker, position, iteration, start, end in table[order].tolist():
+            op = programs[worker][iteration][position]
+            assert op is not None
+            found.append((op_span(lanes[worker], op, start, end), op))
+        return tuple(found)
 
     @cached_property
     def period(self) -> float:
@@ -140,7 +230,7 @@ class Timeline:
         """The exact steady state, if the run is deterministic and reached it."""
         if not self.deterministic:
             return None
-        graph = event_graph(self.schedule, costs(self.schedule.num_stages))
+        graph = event_graph(self.schedule)
         rounds = retiming(graph)
         return find_regime(
             self._starts(self.iterations - max(rounds) + min(rounds)), state_ticks(graph)
@@ -155,10 +245,9 @@ class Timeline:
         """
         ticks = self._steady_ticks()
         busy = np.zeros((len(self.schedule.workers), max(1, len(ticks))))
-        home = [self.schedule.worker_of(stage) for stage in range(self.schedule.num_stages)]
-        for span, op in self.operations:
-            if op.iteration in ticks:
-                busy[home[op.stage], op.iteration - ticks.start] += span.duration
+        table = self._within(ticks)
+        at = (table["lane"], table["iteration"] - ticks.start)
+        np.add.at(busy, at, table["end"] - table["start"])
         if self.period <= 0:
             return (0.0,) * len(busy)
         return tuple(float(seconds) / self.period for seconds in np.median(busy, axis=1))
@@ -185,30 +274,28 @@ class Timeline:
         """Seconds at which each steady iteration was complete on all workers."""
         ticks = self._steady_ticks()
         completed = np.full(len(ticks), -np.inf)
-        for span, op in self.operations:
-            if op.iteration in ticks:
-                place = op.iteration - ticks.start
-                completed[place] = max(completed[place], span.end)
+        table = self._within(ticks)
+        np.maximum.at(completed, table["iteration"] - ticks.start, table["end"])
         found: NDArray[np.float64] = completed[np.isfinite(completed)]
         return found
 
+    def _within(self, ticks: range) -> Columns:
+        """The operations of these iterations."""
+        table = self.op_columns
+        return table[(table["iteration"] >= ticks.start) & (table["iteration"] < ticks.stop)]
+
     def _starts(self, stop: int) -> NDArray[np.float64]:
         """Start times, a row per steady iteration below ``stop`` and a column per event."""
-        first, m = self.schedule.num_ticks(0), self.schedule.samples_per_iteration
-        table: dict[tuple[object, int, int], dict[int, float]] = defaultdict(dict)
-        produced: dict[tuple[Relation, int, int], int] = {}
-        for span, op in self.operations:
-            table[op.kind, op.stage, op.sample % m][op.iteration] = span.start
-            if op.kind is OpKind.FORWARD:
-                produced[Relation.ACTIVATION, op.stage, op.sample] = op.iteration
-            elif op.kind in BACKWARDS:
-                produced[Relation.GRADIENT, op.stage, op.sample] = op.iteration
-        for span in self.spans:
-            if span.message is not None:  # a link's backlog is part of the state
-                key = (span.message.relation, span.message.source, span.message.sample)
-                table[key[0], key[1], key[2] % m][produced[key]] = span.start
-        rows = np.array(
-            [[column.get(tick, np.nan) for column in table.values()] for tick in range(first, stop)]
-        ).reshape(max(0, stop - first), len(table))
+        first = self.schedule.num_ticks(0)
+        bodies = [len(body) for body in self.schedule.workers]
+        offset = np.cumsum([0, *bodies])
+        rows = np.full((max(0, stop - first), offset[-1] + len(channels(self.schedule))), np.nan)
+        operations, transfers = self._tables()  # a link's backlog is part of the state
+        for table, column in (
+            (operations, offset[operations["lane"]] + operations["position"]),
+            (transfers, offset[-1] + transfers["lane"]),
+        ):
+            inside = (table["iteration"] >= first) & (table["iteration"] < stop)
+            rows[table["iteration"][inside] - first, column[inside]] = table["start"][inside]
         gaps = np.flatnonzero(np.isnan(rows).any(axis=1))  # the last messages may stay unsent
         return rows[: gaps[0]] if gaps.size else rows

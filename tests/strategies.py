@@ -103,6 +103,7 @@ def costs_for(stages, seconds=anything):
         activation_transfer=several(stages - 1),
         gradient_transfer=several(stages - 1),
         overhead=several(stages),
+        message=several(stages),
         barrier=seconds,
     )
 

@@ -13,13 +13,14 @@ from strategies import PATIENT, costed
 
 from ddg_sim.costs import costs
 from ddg_sim.cycletime import evaluate
-from ddg_sim.lowering import StageMemory, memory
+from ddg_sim.dependencies import Relation
+from ddg_sim.lowering import Message, StageMemory, memory
 from ddg_sim.methods import bp, ddg
 from ddg_sim.plot import gantt
 from ddg_sim.schedule import OpKind, Sync
 from ddg_sim.simulate import simulate
 from ddg_sim.steady import Regime, find_regime
-from ddg_sim.timeline import Span, Timeline, worker_lane
+from ddg_sim.timeline import Timeline, message_span, worker_lane
 from ddg_sim.trace import chrome_trace, write_trace
 
 
@@ -60,7 +61,7 @@ def noisy(run, seed, pauses=()):
         start, end = seen(span.start), seen(span.end)
         late = draw.expovariate(1 / (0.02 * max(1e-3, span.duration)))
         spans.append(dataclasses.replace(span, start=start, end=end + late))
-    return Timeline(run.schedule, run.iterations, tuple(spans))
+    return Timeline.of(run.schedule, run.iterations, spans)
 
 
 @pytest.mark.parametrize("sync", list(Sync))
@@ -94,13 +95,13 @@ def test_long_measured_runs_are_thinned():
         )
         for t in range(20_000)
     )
-    assert Timeline(bp(1), 20_000, spans).period == pytest.approx(2.0)
+    assert Timeline.of(bp(1), 20_000, spans).period == pytest.approx(2.0)
 
 
 def test_runs_too_short_for_a_slope():
     assert evaluate(bp(2), costs(2), 1).period == 6.0
-    assert Timeline(bp(2), 0, ()).period == 0.0
-    assert Timeline(bp(2), 0, ()).utilisation == (0.0, 0.0)
+    assert Timeline.of(bp(2), 0, ()).period == 0.0
+    assert Timeline.of(bp(2), 0, ()).utilisation == (0.0, 0.0)
 
 
 def test_utilisation_and_bubble():
@@ -187,8 +188,9 @@ def test_counters_show_the_live_activations():
 
 def test_measured_transfers_that_overlap_get_tracks_of_their_own():
     lane = "link 1→2"
-    spans = (Span(lane, "a", 0.0, 2.0), Span(lane, "b", 1.0, 3.0), Span(lane, "c", 2.0, 4.0))
-    events = chrome_trace(Timeline(ddg(2), 1, spans))["traceEvents"]
+    sent = [Message(Relation.ACTIVATION, 0, 1, sample) for sample in range(3)]
+    spans = [message_span(message, 1.0 * n, 1.0 * n + 2) for n, message in enumerate(sent)]
+    events = chrome_trace(Timeline.of(ddg(2), 3, spans))["traceEvents"]
     assert_well_formed(events)
     named = [e["args"]["name"] for e in events if e["name"] == "thread_name"]
     assert named == [lane, f"{lane} (2)"]
