@@ -5,36 +5,41 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from ddg_sim.times import Time
+
 ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def numbers(option: str, text: str) -> float | tuple[float, ...]:
-    """Parse ``1`` or ``1,2,3``: one number for all, or one each.
+def durations(option: str, text: str) -> Time | tuple[Time, ...]:
+    """Parse ``1``, ``1,2,3`` or ``gamma(1,0.1),2``: one time for all, or one each.
 
     Raises:
-        ValueError: naming the option and the part that is no number.
+        ValueError: naming the option and the part that is no time.
 
-    >>> numbers("--forward", "1,2.5")
-    (1.0, 2.5)
+    >>> durations("--forward", "1,2.5"), durations("--forward", "gamma(1, 0.5)")
+    ((1.0, 2.5), Gamma(mean=1.0, std=0.5))
     """
-    found = []
-    for part in text.split(","):
-        try:
-            found.append(float(part))
-        except ValueError:
-            raise ValueError(f"{option} {text!r}: {part.strip()!r} is not a number") from None
-    return tuple(found) if len(found) > 1 else found[0]
+    from ddg_sim.times import parse_time
+
+    try:
+        # A comma outside of parentheses separates.
+        found = tuple(parse_time(part) for part in re.split(r",(?![^(]*\))", text))
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r}: {error}") from None
+    return found if len(found) > 1 else found[0]
 
 
 def integers(option: str, text: str | None) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ import typer
 from ddg_cli.output import (
     choice,
     different_files,
-    numbers,
+    durations,
     output_path,
     percent,
     print_json,
@@ -25,7 +25,8 @@ def simulate(
     method: Annotated[str, typer.Argument(help="Training method: bp or ddg.")],
     stages: Annotated[int, typer.Option(min=1, help="Number of stages K.")],
     forward: Annotated[
-        str | None, typer.Option(help="Seconds per stage: 1 for all, or 1,2,… [default: 1]")
+        str | None,
+        typer.Option(help="Seconds per stage: 1 for all, 1,2,…, or gamma(1,0.1). [default: 1]"),
     ] = None,
     backward: Annotated[
         str | None, typer.Option(help="Seconds per stage: 2 for all, or 1,2,… [default: 2]")
@@ -71,7 +72,7 @@ def simulate(
     schedule = methods.method(method, stages, choice("--sync", sync, Sync))
     given = {"forward": forward, "backward": backward, "update": update, "comm": comm}
     chosen: dict[str, Any] = {
-        name: numbers(f"--{name}", text) for name, text in given.items() if text is not None
+        name: durations(f"--{name}", text) for name, text in given.items() if text is not None
     }
     contention: tuple[float, ...] | None = None
     if profile is not None:
@@ -106,17 +107,18 @@ def simulate(
                 "sync": schedule.sync.value,
                 "engine": engine,
                 "iterations": iterations,
-                "period": found.period,
+                "period": found.period.value,
+                "period_interval": [found.period.low, found.period.high],
                 "period_is_exact": found.period_is_exact,
-                "speedup_over_bp": found.speedup_over_bp,
+                "speedup_over_bp": found.speedup.value if found.speedup else None,
                 "makespan": found.timeline.makespan,
                 "utilisation": found.utilisation,
                 "bubble": found.bubble,
                 "staleness": found.staleness,
                 "peak_activations": [stage.activations for stage in found.memory],
                 "weight_versions": [stage.weight_versions for stage in found.memory],
-                "critical_cycle": found.cycle.critical_cycle,
-                "bound_by": found.cycle.explain(),
+                "critical_cycle": found.cycle.critical_cycle if found.cycle else None,
+                "bound_by": found.bound_by,
             }
         )
         return
@@ -130,10 +132,13 @@ def simulate(
             )
         ],
     )
-    speedup = times(found.speedup_over_bp)
-    print_line(f"period {seconds(found.period)} per iteration, {speedup} over backpropagation")
+    speedup = times(found.speedup.value if found.speedup else None)
+    period = seconds(found.period.value)
+    if found.period.runs:
+        period += f" ± {percent(found.period.relative_width)} ({found.period.runs} runs, 95 %)"
+    print_line(f"period {period} per iteration, {speedup} over backpropagation")
     print_line(f"makespan {seconds(found.timeline.makespan)} for {iterations} iterations")
-    print_line(found.cycle.explain())
+    print_line(found.bound_by)
     for path in (trace, plot):
         if path is not None:
             print_line(f"wrote {path}")

@@ -15,6 +15,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,10 +33,12 @@ from ddg_sim.schedule import Op, OpKind
 
 #: Mini-batches that are run before anything is timed (allocators and caches settle).
 WARM_UP = 3
+#: Samples of each kind of operation that a profile keeps.
+KEPT = 64
 #: Messages per link that are timed, and barriers.
 ROUNDS = 20
 #: Seconds that a stage computes alone, and beside the others, in each of so many turns.
-TURN, TURNS = 0.1, 15
+TURN, TURNS = 0.1, 10
 #: Seconds of computing around a message; a waiting core has gone to sleep by then.
 PAUSE = 0.005
 
@@ -96,7 +99,7 @@ def measure(
     progress(2, 3)
     shared = time_shared(job, dataset)
     progress(3, 3)
-    return summarise(job, dataset, [samples], shared)
+    return summarise(job, dataset, [samples], [shared])
 
 
 def measured_cuts(job: Job, dataset: Dataset, iterations: int) -> tuple[int, ...]:
@@ -162,7 +165,7 @@ def _durations(job: Job, dataset: Dataset, iterations: int) -> Durations:
 
 
 def summarise(
-    job: Job, dataset: Dataset, samples: Sequence[Durations], shared: SharedTimes
+    job: Job, dataset: Dataset, samples: Sequence[Durations], shared: Sequence[SharedTimes]
 ) -> Profile:
     """The profile of a job from what was timed: medians over all samples.
 
@@ -170,10 +173,15 @@ def summarise(
         job: what was timed.
         dataset: the data.
         samples: what `time_stages` gave, once or more often.
-        shared: what `time_shared` gave.
+        shared: what `time_shared` gave, once or more often.
     """
     parts = network(job, dataset)
     sizes = message_bytes(job, parts)
+    links = [
+        LinkTimes(median(link.transfer for link in same), median(link.host for link in same))
+        for same in zip(*(found.links for found in shared), strict=True)
+    ]
+    factors = [median(same) for same in zip(*(found.contention for found in shared), strict=True)]
     return Profile(
         version=1,
         model=job.model,
@@ -187,20 +195,18 @@ def summarise(
             _stage_profile(
                 parts,
                 k,
-                {
-                    kind: median(time for chunk in samples for time in chunk[k][kind])
-                    for kind in samples[0][k]
-                },
-                shared,
+                {kind: _steadied([chunk[k][kind] for chunk in samples]) for kind in samples[0][k]},
+                links,
+                factors[k],
                 sizes,
             )
             for k in range(job.stages)
         ],
         links=[
             LinkProfile(activation=link.transfer, gradient=link.transfer, bytes=size)
-            for size, link in zip(sizes, shared.links, strict=True)
+            for size, link in zip(sizes, links, strict=True)
         ],
-        barrier=shared.barrier,
+        barrier=median(found.barrier for found in shared),
     )
 
 
@@ -212,25 +218,46 @@ def message_bytes(job: Job, parts: Network) -> list[int]:
 def _stage_profile(
     parts: Network,
     index: int,
-    times: dict[OpKind, float],
-    shared: SharedTimes,
+    times: dict[OpKind, list[float]],
+    links: Sequence[LinkTimes],
+    contention: float,
     sizes: Sequence[int],
 ) -> StageProfile:
-    # Per iteration a stage sends and receives one message at each of its links. That work of the
-    # host is spread over the stage's three operations (forward, backward, update).
-    own = shared.links[max(0, index - 1) : index + 1]
+    own = links[max(0, index - 1) : index + 1]
+    samples: dict[Any, list[float]] = {
+        kind.name.lower(): _quantiles(found) for kind, found in times.items()
+    }
     module = parts.modules[index]
     return StageProfile(
         layers=[type(layer).__name__ for layer in module],
-        forward=times[OpKind.FORWARD],
-        backward=times[OpKind.BACKWARD],
-        update=times[OpKind.UPDATE],
-        recompute=times[OpKind.RECOMPUTE],
-        overhead=sum(link.host for link in own) / 3,
-        contention=shared.contention[index],
+        samples=samples,
+        forward=median(times[OpKind.FORWARD]),
+        backward=median(times[OpKind.BACKWARD]),
+        update=median(times[OpKind.UPDATE]),
+        recompute=median(times[OpKind.RECOMPUTE]),
+        overhead=0.0,
+        message=sum(link.host for link in own) / (2 * max(1, len(own))),  # one sent, one received
+        contention=contention,
         output_bytes=sizes[index] if index < len(sizes) else 0,
         parameter_bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
     )
+
+
+def _steadied(chunks: Sequence[Sequence[float]]) -> list[float]:
+    """All samples, each chunk's drift removed: its median is moved to that of all.
+
+    What slows a machine for longer than a chunk slows all stages alike. As independent draws it
+    would seem that stages wait for one another, which they do not.
+    """
+    overall = median(time for chunk in chunks for time in chunk)
+    return [time * overall / median(chunk) for chunk in chunks for time in chunk]
+
+
+def _quantiles(times: Sequence[float]) -> list[float]:
+    """At most `KEPT` values with the same distribution, so that profiles stay small."""
+    if len(times) <= KEPT:
+        return sorted(times)
+    return [float(value) for value in np.quantile(times, (np.arange(KEPT) + 0.5) / KEPT)]
 
 
 def time_shared(job: Job, dataset: Dataset) -> SharedTimes:

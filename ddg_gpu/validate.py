@@ -19,8 +19,10 @@ from ddg_gpu.profile import (
     time_stages,
 )
 from ddg_gpu.train import Run, train
+from ddg_sim.contention import contended
 from ddg_sim.predict import predict
 from ddg_sim.profile import Profile
+from ddg_sim.replicate import typical_period
 from ddg_sim.schedule import Sync
 from ddg_sim.timeline import Timeline
 
@@ -34,10 +36,11 @@ class Comparison:
 
     Args:
         name: the method, with its synchronisation mode after a slash where it was chosen.
-        predicted_period: exact steady-state period of the schedule with the profile's costs.
+        predicted_period: median period of simulated runs as long as the measured ones, with the
+            profile's costs, which vary as its samples do.
         measured_period: median over the runs of their measured steady-state period.
         bound_by: in words, what bounds the predicted period.
-        predicted: simulated timeline, as long as a run.
+        predicted: simulated timeline with median costs, as long as a run.
         run: the run whose period is nearest to the median; all runs end with the same weights.
     """
 
@@ -86,7 +89,8 @@ def compare(
     """Predict each method from a profile, and run it with one process per stage.
 
     The speed of a machine drifts. So the methods take turns, ``rounds`` times, and the stages are
-    timed (alone, in this process) before every turn: prediction and measurement see the same
+    timed (alone, in this process) before every turn,
+    and beside one another before every round: prediction and measurement see the same
     machine. The runs themselves do not enter the profile.
 
     Args:
@@ -113,13 +117,12 @@ def compare(
     }
     for own in jobs.values():
         own.schedule()  # all names are checked before anything runs
-    shared: SharedTimes | None = None
+    shared: list[SharedTimes] = []
     if profile is not None:
         check_profile(profile, job, dataset.name)
         cuts = tuple(profile.cuts)
     else:
         cuts = job.cuts if job.cuts is not None else measured_cuts(job, dataset, CHUNK)
-        shared = time_shared(replace(job, cuts=cuts), dataset)
     jobs = {name: replace(own, cuts=cuts) for name, own in jobs.items()}
 
     samples: list[Durations] = []
@@ -127,6 +130,8 @@ def compare(
     turns = [name for _ in range(rounds) for name in jobs]
     for turn, name in enumerate(turns):
         if profile is None:
+            if turn % len(jobs) == 0:  # once per round: what stages do to each other drifts too
+                shared.append(time_shared(jobs[name], dataset))
             samples.append(time_stages(jobs[name], dataset, CHUNK))
 
         def report(done: int, total: int, turn: int = turn) -> None:
@@ -136,7 +141,7 @@ def compare(
         if run is None:
             raise ValueError("a comparison starts its own processes: do not run it under torchrun")
         runs[name].append(run)
-    if shared is not None:
+    if shared:
         profile = summarise(replace(job, cuts=cuts), dataset, samples, shared)
     assert profile is not None
     return profile, [_comparison(name, profile, runs[name]) for name in jobs]
@@ -144,13 +149,14 @@ def compare(
 
 def _comparison(name: str, profile: Profile, runs: Sequence[Run]) -> Comparison:
     schedule, iterations = runs[0].job.schedule(), runs[0].timeline.iterations
+    costs = contended(schedule, profile.varying_costs(), profile.contention)
     found = predict(schedule, profile.costs(), iterations, contention=profile.contention)
     measured = median(run.timeline.period for run in runs)
     return Comparison(
         name,
-        found.period,
+        typical_period(schedule, costs, iterations),
         measured,
-        found.cycle.explain(),
+        found.bound_by,
         found.timeline,
         min(runs, key=lambda run: abs(run.timeline.period - measured)),
     )

@@ -18,6 +18,7 @@ from ddg_sim.costs import Costs
 from ddg_sim.cycletime import evaluate
 from ddg_sim.schedule import OpKind, Schedule
 from ddg_sim.timeline import Timeline
+from ddg_sim.times import scaled
 
 #: Times that overlap and durations are computed in turn; both change little after two.
 TURNS = 4
@@ -38,7 +39,7 @@ def contended(schedule: Schedule, costs: Costs, contention: Sequence[float]) -> 
 
     Args:
         schedule: what runs.
-        costs: seconds of every operation alone.
+        costs: seconds of every operation alone; where they vary, the means decide the overlap.
         contention: per stage c_k >= 1, how many times longer it takes while all others compute.
 
     Raises:
@@ -62,11 +63,11 @@ def contended(schedule: Schedule, costs: Costs, contention: Sequence[float]) -> 
         return costs
     slowed = costs
     for _ in range(TURNS):
-        overlap = _overlap(evaluate(schedule, slowed, 3 * schedule.num_ticks(0) + 12))
+        overlap = _overlap(evaluate(schedule, slowed.means(), 3 * schedule.num_ticks(0) + 12))
         longer: dict[str, Any] = {
             name: tuple(
-                seconds * (1 + overlap[kind, stage] * (contention[stage] - 1))
-                for stage, seconds in enumerate(getattr(costs, name))
+                scaled(time, 1 + overlap[kind, stage] * (contention[stage] - 1))
+                for stage, time in enumerate(getattr(costs, name))
             )
             for kind, name in FIELDS.items()
         }

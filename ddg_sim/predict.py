@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ddg_sim.contention import contended
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import CycleTime, cycle_time, evaluate
+from ddg_sim.eventgraph import event_graph
 from ddg_sim.lowering import StageMemory, memory
 from ddg_sim.methods import bp
+from ddg_sim.replicate import Estimate, estimate, exactly, ratio, replicate
 from ddg_sim.schedule import Schedule, staleness
 from ddg_sim.simulate import SteadyStateError, simulate, steady_period
 from ddg_sim.timeline import Timeline
@@ -17,6 +19,8 @@ from ddg_sim.timeline import Timeline
 ENGINES = ("des", "cycle")
 #: Iterations after which a simulation stops looking for its steady state.
 LONGEST = 1024
+#: Steady iterations of each run where times vary.
+STEADY = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +30,13 @@ class Prediction:
     Args:
         schedule: what was predicted.
         engine: "des" (SimPy) or "cycle" (max-plus).
-        period: steady-state seconds per iteration.
-        period_is_exact: False if a simulated run ("des") came to no steady state within `LONGEST`
-            iterations; its period is then the slope of the timeline.
+        period: steady-state seconds per iteration, with its confidence interval where times vary.
+        period_is_exact: whether it is the exact value for costs that do not vary. A simulated run
+            ("des") that came to no steady state within `LONGEST` iterations gives the slope of its
+            timeline instead.
         bp_period: seconds that backpropagation over as many stages takes for as many samples.
-        cycle: the critical cycle.
+        speedup: how many times faster than that; None if nothing takes any time.
+        cycle: the critical cycle, with mean times; None where links share a bus.
         utilisation: per worker, fraction of the period in which it computes.
         staleness: per stage, in updates.
         memory: per stage, peak live activations and weight versions.
@@ -39,24 +45,27 @@ class Prediction:
 
     schedule: Schedule
     engine: str
-    period: float
+    period: Estimate
     period_is_exact: bool
     bp_period: float
-    cycle: CycleTime
+    speedup: Estimate | None
+    cycle: CycleTime | None
     utilisation: tuple[float, ...]
     staleness: tuple[int, ...]
     memory: tuple[StageMemory, ...]
     timeline: Timeline
 
     @property
-    def speedup_over_bp(self) -> float | None:
-        """How many times faster than backpropagation; None if nothing takes any time."""
-        return self.bp_period / self.period if self.period > 0 else None
-
-    @property
     def bubble(self) -> float:
         """Fraction of the workers' time in which they do not compute, in steady state."""
         return 1.0 - sum(self.utilisation) / len(self.utilisation)
+
+    @property
+    def bound_by(self) -> str:
+        """In words, what bounds the period."""
+        if self.cycle is None:
+            return "shared buses decide from run to run what bounds you"
+        return self.cycle.explain()
 
 
 def predict(
@@ -65,58 +74,86 @@ def predict(
     iterations: int,
     engine: str = "cycle",
     contention: Sequence[float] | None = None,
+    precision: float = 0.01,
+    seed: int = 0,
 ) -> Prediction:
     """Predict period, speedup, utilisation, staleness and memory of a schedule.
 
     Args:
         schedule: what to predict.
-        costs: deterministic costs, in seconds.
+        costs: seconds; where they vary, many runs are made, with the same luck for the method and
+            for backpropagation.
         iterations: length of the timeline; the period does not depend on it.
         engine: "des" plays the run on SimPy, "cycle" evaluates the max-plus recursion. They agree
             to rounding.
         contention: per stage, how many times longer its operations take while all others compute;
             None: they do not disturb each other.
+        precision: half width of the period's 95 % interval that is aimed at, where times vary, as
+            a fraction of the period.
+        seed: of the draws.
 
     Raises:
-        ValueError: for another engine, ``iterations`` < 1, or costs of another number of stages.
+        ValueError: for another engine, ``iterations`` < 1, costs of another number of stages, or
+            shared buses with engine "cycle".
 
     >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
     >>> found = predict(ddg(4), costs(4), iterations=20)
-    >>> found.period, found.speedup_over_bp, found.utilisation
+    >>> found.period.value, found.speedup.value, found.utilisation
     (3.0, 4.0, (1.0, 1.0, 1.0, 1.0))
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; known engines: {', '.join(ENGINES)}")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    bp_schedule, bp_costs = bp(schedule.num_stages), costs
+    baseline, baseline_costs = bp(schedule.num_stages), costs
     if contention is not None:
-        bp_costs = contended(bp_schedule, costs, contention)
+        baseline_costs = contended(baseline, costs, contention)
         costs = contended(schedule, costs, contention)
-    cycle = cycle_time(schedule, costs)
-    if engine == "des":
-        timeline = simulate(schedule, costs, iterations)
-        try:
-            period, exact = steady_period(schedule, costs, LONGEST), True
-        except SteadyStateError:
-            period, exact = timeline.period, False
+    play = simulate if engine == "des" else evaluate
+    timeline = play(schedule, costs, iterations, seed=seed)
+    cycle = None if costs.network.buses else cycle_time(schedule, costs)
+    m = schedule.samples_per_iteration
+    if costs.random:
+        cases = {"this": (schedule, costs), "bp": (baseline, baseline_costs)}
+        found = replicate(cases, STEADY + 2 * schedule.num_ticks(0), precision, seed=seed)
+        period, exact, before = estimate(found["this"]), False, m * float(found["bp"].mean())
+        speedup: Estimate | None = ratio(m * found["bp"], found["this"])
     else:
-        timeline = evaluate(schedule, costs, iterations)
-        period, exact = cycle.period, True
-    busy = [
-        sum(costs.duration(template.kind, template.stage) for template in body)
-        for body in schedule.workers
-    ]
+        value, exact = _period(schedule, costs, engine, timeline)
+        period, before = exactly(value), m * _bp_period(baseline, baseline_costs)
+        speedup = exactly(before / value) if value > 0 else None
+    busy = [0.0] * len(schedule.workers)
+    for event in event_graph(schedule).events:
+        if event.node is not None:
+            busy[event.node.worker] += event.seconds(costs)
     return Prediction(
         schedule,
         engine,
         period,
         exact,
-        schedule.samples_per_iteration * cycle_time(bp_schedule, bp_costs).period,
+        before,
+        speedup,
         cycle,
-        tuple(seconds / period if period > 0 else 0.0 for seconds in busy),
+        tuple(seconds / period.value if period.value > 0 else 0.0 for seconds in busy),
         staleness(schedule),
         memory(schedule),
         timeline,
     )
+
+
+def _period(
+    schedule: Schedule, costs: Costs, engine: str, timeline: Timeline
+) -> tuple[float, bool]:
+    """The period with costs that do not vary, and whether it is exact."""
+    if engine == "cycle":
+        return cycle_time(schedule, costs).period, True
+    try:
+        return steady_period(schedule, costs, LONGEST), True
+    except SteadyStateError:
+        return timeline.period, False
+
+
+def _bp_period(schedule: Schedule, costs: Costs) -> float:
+    """Of backpropagation, whose transfers never overlap: shared buses make no difference."""
+    return cycle_time(schedule, replace(costs, network=replace(costs.network, buses=()))).period

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ddg_sim.costs import Costs
 from ddg_sim.files import replacing
+from ddg_sim.times import Samples
 
 
 class ProfileError(ValueError):
@@ -16,6 +18,7 @@ class ProfileError(ValueError):
 
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+Kind = Literal["forward", "backward", "update", "recompute"]
 Bytes = Annotated[int, Field(ge=0, strict=True)]
 
 
@@ -23,16 +26,20 @@ class StageProfile(BaseModel):
     """One stage: seconds per operation on one mini-batch when it computes alone, sizes in bytes.
 
     ``contention`` says how many times longer its operations take while all others compute too.
+    ``message`` is what the host spends on each message that the stage sends or receives.
+    ``samples`` are measured seconds by kind, around the medians that the other fields hold.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layers: list[str]
+    samples: dict[Kind, Annotated[list[Seconds], Field(min_length=1)]] = {}
     forward: Seconds
     backward: Seconds
     update: Seconds
     recompute: Seconds
     overhead: Seconds
+    message: Seconds = 0.0
     contention: Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True)] = 1.0
     output_bytes: Bytes
     parameter_bytes: Bytes
@@ -103,8 +110,20 @@ class Profile(BaseModel):
             activation_transfer=tuple(link.activation for link in self.links),
             gradient_transfer=tuple(link.gradient for link in self.links),
             overhead=tuple(stage.overhead for stage in self.stages),
+            message=tuple(stage.message for stage in self.stages),
             barrier=self.barrier,
         )
+
+    def varying_costs(self) -> Costs:
+        """The same with measured samples in the place of medians, where there are some."""
+        found: dict[str, Any] = {
+            kind: tuple(
+                Samples(tuple(stage.samples[kind])) if kind in stage.samples else fixed
+                for stage, fixed in zip(self.stages, getattr(self.costs(), kind), strict=True)
+            )
+            for kind in get_args(Kind)
+        }
+        return replace(self.costs(), **found)
 
     def write(self, path: str | Path) -> None:
         """Write the profile as JSON; the file appears whole or not at all.

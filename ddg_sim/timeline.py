@@ -60,6 +60,7 @@ def worker_lane(schedule: Schedule, worker: int) -> str:
 def op_span(lane: str, op: Op, start: float, end: float) -> Span:
     """Span of an operation in its worker's lane, labelled with its kind and sample.
 
+    >>> from ddg_sim.schedule import OpKind
     >>> op_span("stage 2", Op(OpKind.FORWARD, 1, 5, 5, 4), 7.0, 8.0).label
     'F5'
     """

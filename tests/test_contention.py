@@ -62,7 +62,7 @@ def test_a_prediction_slows_down_ddg_but_not_its_baseline() -> None:
     free = predict(ddg(4), costs(4), 20)
     slow = predict(ddg(4), costs(4), 20, contention=[1.2] * 4)
     assert slow.bp_period == free.bp_period
-    assert slow.period == pytest.approx(1.2 * free.period)
+    assert slow.period.value == pytest.approx(1.2 * free.period.value)
 
 
 @pytest.mark.parametrize(
