@@ -18,7 +18,17 @@ MAX_BYTES = 2**60  # an exbibyte: a larger size is a broken file, not a network
 
 
 class LayerError(ValueError):
-    """Layers, edges or cuts that make no network; the message names the offending one."""
+    """Layers, edges or cuts that make no network, or a file that holds none; one line says why."""
+
+
+def quoted(text: str) -> str:
+    """A text from a file as a message shows it: in quotes, in one line, cut off where it is long.
+
+    >>> quoted("conv1\\n")
+    "'conv1\\\\n'"
+    """
+    shown = repr(text)
+    return shown if len(shown) <= 60 else shown[:58] + "…" + shown[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +62,10 @@ class Layer:
             ("output_bytes", "bytes", MAX_BYTES),
             ("parameter_bytes", "bytes", MAX_BYTES),
         ):
-            value = getattr(self, field)
+            value, name = getattr(self, field), quoted(self.name)
             if not 0 <= value <= limit:  # NaN is in no range
                 raise LayerError(
-                    f"layer {self.name!r}: {field} is {value}: give {unit} from 0 to {limit:g}"
+                    f"layer {name}: {field} is {value}: give {unit} from 0 to {limit:g}"
                 )
 
 
@@ -113,9 +123,9 @@ class LayerGraph:
                     f"edges[{index}] is ({source}, {target}), but layers go from 0 to {last}"
                 )
             if source >= target:
-                names = f"{self.layers[source].name!r} back to {self.layers[target].name!r}"
+                back, to = quoted(self.layers[source].name), quoted(self.layers[target].name)
                 raise LayerError(
-                    f"edges[{index}] is ({source}, {target}), from {names}:"
+                    f"edges[{index}] is ({source}, {target}), from {back} back to {to}:"
                     " order the layers so that every edge leads to a later one"
                 )
 
