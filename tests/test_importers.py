@@ -96,6 +96,11 @@ def test_the_order_follows_the_numbers_where_the_edges_leave_a_choice() -> None:
     assert found == ["node1 X", "node008 X", "node9 X", "node10 X", "other2 X"]
 
 
+def test_an_input_that_something_feeds_is_a_layer() -> None:
+    graph = parse_graph("\n".join([node("a"), node("b", "InputNorm()"), "\ta -- b"]))
+    assert [layer.name for layer in graph.layers] == ["a Conv2d", "b InputNorm"]
+
+
 RING = [node("a"), node("b"), node("c"), "\ta -- b", "\tb -- c", "\tc -- a"]
 
 
@@ -137,8 +142,11 @@ def test_one_line_says_what_is_wrong_with_a_graph(lines: list[str], message: str
 def test_a_long_cycle_is_cut_short() -> None:
     names = [f"n{number}" for number in range(50)]
     edges = [f"\t{a} -- {b}" for a, b in zip(names, names[1:] + names[:1], strict=True)]
-    with pytest.raises(LayerError, match=r"'n1' -> .* -> \(44 more\) -> .* -> 'n1'|'n0' -> "):
+    with pytest.raises(
+        LayerError, match=r":100: edges form a cycle: .* -> \(44 more\) -> "
+    ) as error:
         parse_graph("\n".join([*map(node, names), *edges]))
+    assert str(error.value).count("->") == 7
 
 
 def anchor(name: str) -> Path:
@@ -239,7 +247,7 @@ def on_gpu(events: list[Any]) -> list[Any]:
 
 def test_on_a_gpu_a_range_takes_as_long_as_the_kernels_it_launched() -> None:
     # Kineto's own projection covers only what the range's thread launched; it must not be used.
-    wrong = [span(e["name"], e["ts"], 1.0, "gpu_user_annotation") for e in steps([20.0, 30.0])]
+    wrong = [span(e["name"], 4 + e["ts"], 1.0, "gpu_user_annotation") for e in steps([20.0, 30.0])]
     graph = parse_trace(trace(on_gpu(steps([20.0, 30.0])) + wrong))
     assert {(layer.forward, layer.backward) for layer in graph.layers} == {(1e-4, 1e-4)}
 
@@ -370,16 +378,17 @@ def test_a_real_trace_made_as_documented(tmp_path: Path, suffix: str) -> None:
     assert [layer.output_bytes for layer in graph.layers] == [96, 80, 80, 32, 4]
     assert [layer.parameter_bytes for layer in graph.layers] == [0, 140, 0, 40, 0]
     slow = graph.layers[2]
-    assert 0.01 <= slow.forward < 1
-    assert 0.02 <= slow.backward < 1
-    assert all(0 < layer.forward < slow.forward for layer in graph.layers if layer is not slow)
+    assert slow.forward >= 0.01
+    assert slow.backward >= 0.02
     opened = gzip.open if suffix == "json.gz" else open
     with opened(path, "rt") as file:
         events = json.load(file)["traceEvents"]
-    # An oracle that shares no code: the raw events' durations, in microseconds.
-    raw = [e["dur"] for e in events if e.get("name", "").startswith("backward:fc2 ")]
-    assert len(raw) == 4
-    assert graph.layers[3].backward == pytest.approx(median(raw) / 1e6)
+    for layer in graph.layers:
+        for direction, found in (("forward", layer.forward), ("backward", layer.backward)):
+            label = f"{direction}:{layer.name}"
+            raw = [e["dur"] for e in events if e.get("name", "").split(" ")[0] == label]
+            assert len(raw) == 4
+            assert found == pytest.approx(median(raw) / 1e6)  # the file has microseconds
 
 
 # --- any file -------------------------------------------------------------------------------------
