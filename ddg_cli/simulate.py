@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,9 @@ from ddg_cli.output import (
     seconds,
     times,
 )
+
+if TYPE_CHECKING:
+    from ddg_sim.contention import Contention
 
 
 def simulate(
@@ -74,7 +77,7 @@ def simulate(
     chosen: dict[str, Any] = {
         name: durations(f"--{name}", text) for name, text in given.items() if text is not None
     }
-    contention: tuple[float, ...] | None = None
+    contention: Contention | None = None
     if profile is not None:
         if chosen:
             raise ValueError(f"--{next(iter(chosen))} and --profile exclude each other")

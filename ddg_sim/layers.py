@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-from ddg_sim.costs import MAX_SECONDS
+from ddg_sim.times import MAX_SECONDS
 
 MAX_BYTES = 2**60  # an exbibyte: a larger size is a broken file, not a network
 
