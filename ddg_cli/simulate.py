@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 
 def simulate(
-    method: Annotated[str, typer.Argument(help="Training method: bp or ddg.")],
+    method: Annotated[
+        str,
+        typer.Argument(
+            help="Training method: bp, ddg, fr, fdg, adl, dsp, dgl, gpipe, 1f1b, interleaved, zb-h1,"
+            " pipedream, pipedream-2bw, stale, pb, spectrain, xpipe, pipemare, sideways, petra,"
+            " ouroboros, pd-asgd or dp."
+        ),
+    ],
     stages: Annotated[int, typer.Option(min=1, help="Number of stages K.")],
     forward: Annotated[
         str | None,
@@ -42,7 +49,22 @@ def simulate(
         typer.Option(help="Seconds per message: one for all, or a list of K-1 links. [default: 0]"),
     ] = None,
     sync: Annotated[
-        str | None, typer.Option(help="Synchronisation of ddg: none, barrier or mailbox.")
+        str | None, typer.Option(help="Synchronisation of ddg, fr: none, barrier or mailbox.")
+    ] = None,
+    semantics: Annotated[
+        str | None, typer.Option(help="Weights of ddg's backward: stash, current or replay.")
+    ] = None,
+    micro_batches: Annotated[
+        int | None, typer.Option(help="Micro-batches per update, of a pipeline. [default: K]")
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option(help="Stages per worker, of interleaved. [default: 2]")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Samples per update, of adl and petra. [default: 2, 1]")
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Data-parallel copies of any method. [default: 1]")
     ] = None,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Iterations of the timeline. [default: 100, or 4 K]")
@@ -72,7 +94,16 @@ def simulate(
     output_path("--trace", trace)
     output_path("--plot", plot, (".png", ".svg"))
     different_files(profile=profile, trace=trace, plot=plot)
-    schedule = methods.method(method, stages, choice("--sync", sync, Sync))
+    schedule = methods.method(
+        method,
+        stages,
+        choice("--sync", sync, Sync),
+        choice("--semantics", semantics, methods.Semantics),
+        replicas=replicas,
+        micro_batches=micro_batches,
+        chunks=chunks,
+        accumulate=accumulate,
+    )
     given = {"forward": forward, "backward": backward, "update": update, "comm": comm}
     chosen: dict[str, Any] = {
         name: durations(f"--{name}", text) for name, text in given.items() if text is not None

@@ -51,9 +51,9 @@ def pipedream_2bw(num_stages: int, micro_batches: int | None = None) -> Schedule
     All m >= K micro-batches of iteration t run at version t-1 on all stages, so that
     w^{t+1} = w^t - γ ∇f(w^{t-1}): staleness 1, two versions, no flush (rule from the paper)::
 
-                   t=0               t=1               t=2
-        worker 0   F0 F1 B0          F2 B1 U1 F3 B2    F4 B3 U3 F5 B4
-        worker 1   F0 B0 F1 B1 U1    F2 B2 F3 B3 U3    F4 B4 F5 B5 U5
+                   t=0              t=1              t=2
+        worker 0   F0 F1 B0         F2 B1 U1 F3 B2   F4 B3 U3 F5 B4
+        worker 1   F0 B0 F1 B1 U1   F2 B2 F3 B3 U3   F4 B4 F5 B5 U5
 
     Args:
         num_stages: number of stages K >= 1.
@@ -108,9 +108,9 @@ def xpipe(num_stages: int, micro_batches: int | None = None) -> Schedule:
     abstract and from memory; the distance of the prediction, ⌈d_k/m⌉ updates, is derived here from
     the order of the operations::
 
-                   t=0               t=1               t=2
-        worker 0   F0 F1 B0          F2 B1 U1 F3 B2    F4 B3 U3 F5 B4
-        worker 1   F0 B0 F1 B1 U1    F2 B2 F3 B3 U3    F4 B4 F5 B5 U5
+                   t=0              t=1              t=2
+        worker 0   F0 F1 B0         F2 B1 U1 F3 B2   F4 B3 U3 F5 B4
+        worker 1   F0 B0 F1 B1 U1   F2 B2 F3 B3 U3   F4 B4 F5 B5 U5
 
     Args:
         num_stages: number of stages K >= 1.
@@ -121,7 +121,7 @@ def xpipe(num_stages: int, micro_batches: int | None = None) -> Schedule:
     worker 0: F0(2t) B0(2t-1) U0(2t-1) F0(2t+1)v-1 B0(2t)
     worker 1: F1(2t) B1(2t) F1(2t+1) B1(2t+1) U1(2t+1)
     """
-    m = at_least("micro_batches", num_stages if micro_batches is None else micro_batches, 1)
+    m = at_least("micro_batches", max(1, num_stages) if micro_batches is None else micro_batches, 1)
 
     def lag(k: int, j: int) -> int:  # updates since the bellwether's forward pass
         delay = num_stages - 1 - k

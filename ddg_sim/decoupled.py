@@ -20,10 +20,10 @@ def fdg(num_stages: int, shrink: float = 1.0) -> Schedule:
     sample t-k+1; the last stage runs forward first. Its gradients are 2(K-k)-1 updates old, the
     last one's 0 (order read in the authors' code; the paper's arXiv number is from memory)::
 
-                   t=0   t=1   t=2        t=3           t=4           t=5
-        worker 0   F0    F1    F2         F3            B0 U0 F4      B1 U1 F5
-        worker 1         F0    F1         B0 U0 F2      B1 U1 F3      B2 U2 F4
-        worker 2               F0 B0 U0   F1 B1 U1      F2 B2 U2      F3 B3 U3
+                   t=0        t=1        t=2        t=3        t=4        t=5
+        worker 0   F0         F1         F2         F3         B0 U0 F4   B1 U1 F5
+        worker 1              F0         F1         B0 U0 F2   B1 U1 F3   B2 U2 F4
+        worker 2                         F0 B0 U0   F1 B1 U1   F2 B2 U2   F3 B3 U3
 
     Args:
         num_stages: number of stages K >= 1.
@@ -56,9 +56,9 @@ def adl(num_stages: int, accumulate: int | None = None) -> Schedule:
     mode B runs backward first, as FDG does. Staleness for K=3 as published: 2,2 / 1,1 / 0,0 for
     M=2 and 1,1,1,1 / 1,1,0,0 / 0,0,0,0 for M=4.) For K=2, M=2::
 
-                   t=0               t=1                  t=2
-        worker 0   F0 F1             F2 B0 F3 B1 U1       F4 B2 F5 B3 U3
-        worker 1   F0 B0             F1 B1 U1 F2 B2       F3 B3 U3 F4 B4
+                   t=0              t=1              t=2
+        worker 0   F0 F1            F2 B0 F3 B1 U1   F4 B2 F5 B3 U3
+        worker 1   F0 B0            F1 B1 U1 F2 B2   F3 B3 U3 F4 B4
 
     Args:
         num_stages: number of stages K >= 1.
@@ -83,10 +83,10 @@ def dsp(
     example DSP(1,1,0; 4,2,0) is what is drawn and what None gives for K=3 (checked: figure 2 and
     its caption as retold on a public page; the versions are from memory)::
 
-                   t=0   t=1   t=2           t=3           t=4
-        worker 0   F0    F1    F2            F3            F4 R0 B0 U0
-        worker 1         F0    F1            F2 R0 B0 U0   F3 R1 B1 U1
-        worker 2               F0 R0 B0 U0   F1 R1 B1 U1   F2 R2 B2 U2
+                   t=0           t=1           t=2           t=3           t=4
+        worker 0   F0            F1            F2            F3            F4 R0 B0 U0
+        worker 1                 F0            F1            F2 R0 B0 U0   F3 R1 B1 U1
+        worker 2                               F0 R0 B0 U0   F1 R1 B1 U1   F2 R2 B2 U2
 
     Args:
         num_stages: number of stages K >= 1.
@@ -95,18 +95,17 @@ def dsp(
 
     Raises:
         ValueError: if there are not K lags or delays, or one is negative.
-        ScheduleError: if an error would be used before it is there.
+        ScheduleError: if the stages would wait for one another.
 
     >>> print(dsp(2))
     dsp stages=2 sync=none activations=input jacobian=current samples=1
     worker 0: F0(t) R0(t-2) B0(t-2) U0(t-2)
     worker 1: F1(t-1) R1(t-1) B1(t-1) U1(t-1)
     """
+    at_least("num_stages", num_stages, 1)
     last = num_stages - 1
-    p = tuple(lags) if lags is not None else (1,) * last + (0,)
-    delay = (
-        tuple(delays) if delays is not None else tuple(2 * (last - k) for k in range(num_stages))
-    )
+    p = (1,) * last + (0,) if lags is None else tuple(lags)
+    delay = tuple(range(2 * last, -1, -2)) if delays is None else tuple(delays)
     for name, values in {"lags": p, "delays": delay}.items():
         if len(values) != num_stages or min(values) < 0:
             raise ValueError(f"{name} must be {num_stages} numbers, at least 0, got {values}")
@@ -162,10 +161,10 @@ def stale(num_stages: int) -> Schedule:
     GPU implementation does not; here both of a stage share a worker. Its hybrid (switch to
     backpropagation late) is two runs. From memory::
 
-                   t=0   t=1   t=2        t=3        t=4
-        worker 0   F0    F1    F2         F3         F4 B0 U0
-        worker 1         F0    F1         F2 B0 U0   F3 B1 U1
-        worker 2               F0 B0 U0   F1 B1 U1   F2 B2 U2
+                   t=0        t=1        t=2        t=3        t=4
+        worker 0   F0         F1         F2         F3         F4 B0 U0
+        worker 1              F0         F1         F2 B0 U0   F3 B1 U1
+        worker 2                         F0 B0 U0   F1 B1 U1   F2 B2 U2
 
     >>> print(stale(2))
     stale stages=2 sync=none activations=graph jacobian=current samples=1
@@ -183,10 +182,10 @@ def pipelined_backprop(num_stages: int, spike: bool = False, predict: bool = Fal
     1-based) between forward pass and update, against which there are two corrections (from
     memory)::
 
-                   t=0   t=1   t=2        t=3        t=4
-        worker 0   F0    F1    F2         F3         F4 B0 U0
-        worker 1         F0    F1         F2 B0 U0   F3 B1 U1
-        worker 2               F0 B0 U0   F1 B1 U1   F2 B2 U2
+                   t=0        t=1        t=2        t=3        t=4
+        worker 0   F0         F1         F2         F3         F4 B0 U0
+        worker 1              F0         F1         F2 B0 U0   F3 B1 U1
+        worker 2                         F0 B0 U0   F1 B1 U1   F2 B2 U2
 
     Args:
         num_stages: number of stages K >= 1.
@@ -216,9 +215,9 @@ def pipemare(
     1-based) is the paper's mean forward delay in updates (from memory). Its synchronous warm-up
     (T3) is another schedule, to be run first. For K=2, N=2::
 
-                   t=0               t=1                  t=2
-        worker 0   F0 F1             F2 B0 F3 B1 U1       F4 B2 F5 B3 U3
-        worker 1   F0 B0             F1 B1 U1 F2 B2       F3 B3 U3 F4 B4
+                   t=0              t=1              t=2
+        worker 0   F0 F1            F2 B0 F3 B1 U1   F4 B2 F5 B3 U3
+        worker 1   F0 B0            F1 B1 U1 F2 B2   F3 B3 U3 F4 B4
 
     Args:
         num_stages: number of stages K >= 1.
@@ -254,10 +253,10 @@ def sideways(num_stages: int) -> Schedule:
     an older sample is propagated through the activations of the newest (from memory). The order is
     that of `stale`::
 
-                   t=0   t=1   t=2        t=3        t=4
-        worker 0   F0    F1    F2         F3         F4 B0 U0
-        worker 1         F0    F1         F2 B0 U0   F3 B1 U1
-        worker 2               F0 B0 U0   F1 B1 U1   F2 B2 U2
+                   t=0        t=1        t=2        t=3        t=4
+        worker 0   F0         F1         F2         F3         F4 B0 U0
+        worker 1              F0         F1         F2 B0 U0   F3 B1 U1
+        worker 2                         F0 B0 U0   F1 B1 U1   F2 B2 U2
 
     >>> print(str(sideways(2)).splitlines()[0])
     sideways stages=2 sync=none activations=newest jacobian=current samples=1
@@ -273,10 +272,10 @@ def petra(num_stages: int, accumulate: int | None = None) -> Schedule:
     reconstructs its own input and differentiates at the weights of now; so a gradient message is
     about twice as large. A tick is forward, backward, update (from the authors' code)::
 
-                   t=0   t=1   t=2        t=3        t=4
-        worker 0   F0    F1    F2         F3         F4 B0 U0
-        worker 1         F0    F1         F2 B0 U0   F3 B1 U1
-        worker 2               F0 B0 U0   F1 B1 U1   F2 B2 U2
+                   t=0        t=1        t=2        t=3        t=4
+        worker 0   F0         F1         F2         F3         F4 B0 U0
+        worker 1              F0         F1         F2 B0 U0   F3 B1 U1
+        worker 2                         F0 B0 U0   F1 B1 U1   F2 B2 U2
 
     Args:
         num_stages: number of stages K >= 1.
@@ -299,9 +298,9 @@ def ouroboros(num_stages: int) -> Schedule:
     workers, these two on one (checked on public pages; the delays K-k and the order on that worker
     are from memory)::
 
-                   t=0                   t=1                   t=2
-        worker 0   F0/0 F0/2 B0/2 U0/2   F1/0 F1/2 B1/2 U1/2   F2/0 B0/0 U0/0 F2/2 B2/2 U2/2
-        worker 1   F0/1                  F1/1 B0/1 U0/1        F2/1 B1/1 U1/1
+                   t=0                   t=1
+        worker 0   F0/0 F0/2 B0/2 U0/2   F1/0 F1/2 B1/2 U1/2
+        worker 1   F0/1                  F1/1 B0/1 U0/1
 
     The first stage's next forward pass comes after the last stage's of this iteration, on the same
     worker, so the forward lock stays: the period is at least T_F + B_K (derived here), where the
@@ -332,9 +331,9 @@ def pd_asgd(num_stages: int) -> Schedule:
     One worker runs a sample forward through all stages while the other runs the sample before
     backward, updating every stage as soon as its gradient is there::
 
-                   t=0              t=1
-        worker 0   F0/0 F0/1        F1/0 F1/1
-        worker 1                    B0/1 U0/1 B0/0 U0/0
+                   t=0                   t=1                   t=2
+        worker 0   F0/0 F0/1             F1/0 F1/1             F2/0 F2/1
+        worker 1                         B0/1 U0/1 B0/0 U0/0   B1/1 U1/1 B1/0 U1/0
 
     The original is lock-free: threads share the weights, so what a forward pass reads depends on
     timing, even within a tensor. Here it is definite: in iteration t a forward pass reads what

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, permutations
 
 from ddg_sim.dependencies import (
     Dependency,
@@ -266,10 +267,22 @@ def memory(schedule: Schedule) -> tuple[StageMemory, ...]:
     >>> [(stage.activations, stage.weight_versions) for stage in memory(bp(2))]
     [(1, 1), (1, 1)]
     """
-    per_stage: list[list[Op]] = [[] for _ in range(schedule.num_stages)]
-    for worker in range(len(schedule.workers)):
+    programs: list[list[list[Op]]] = [[] for _ in range(schedule.num_stages)]  # stage, worker
+    for worker, body in enumerate(schedule.workers):
+        mine: dict[int, list[Op]] = {template.stage: [] for template in body}
         for op in schedule.program(worker, steady_iterations(schedule)):
-            per_stage[op.stage].append(op)
-    for ops in per_stage:  # where a stage lives on two workers
-        ops.sort(key=lambda op: op.iteration)
-    return tuple(stage_memory(ops, schedule.rule) for ops in per_stage)
+            mine[op.stage].append(op)
+        for stage, ops in mine.items():
+            programs[stage].append(ops)
+    return tuple(_most(found, schedule.rule) for found in programs)
+
+
+def _most(programs: list[list[Op]], rule: Rule) -> StageMemory:
+    """Peaks of a stage; if it lives on two workers, either may be first in an iteration."""
+    found = []
+    for order in permutations(programs):
+        together = sorted(chain.from_iterable(order), key=lambda op: op.iteration)
+        found.append(stage_memory(together, rule))
+    return StageMemory(
+        max(stage.activations for stage in found), max(stage.weight_versions for stage in found)
+    )

@@ -201,7 +201,6 @@ def data_parallel(schedule: Schedule, replicas: int) -> Schedule:
 #: Name to function, in the order in which help texts list them.
 METHODS: dict[str, Callable[..., Schedule]] = {
     "bp": bp,
-    "dp": dp,
     "ddg": ddg,
     "fr": fr,
     "fdg": fdg,
@@ -223,6 +222,7 @@ METHODS: dict[str, Callable[..., Schedule]] = {
     "petra": petra,
     "ouroboros": ouroboros,
     "pd-asgd": pd_asgd,
+    "dp": dp,
 }
 
 

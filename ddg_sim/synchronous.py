@@ -26,9 +26,9 @@ def gpipe(num_stages: int, micro_batches: int | None = None, replay: bool = Fals
 
     The backward passes run in reverse order, as in the paper's figure 2c (from memory)::
 
-                   t=0                   t=1
-        worker 0   F0 F1 B1 B0 U1        F2 F3 B3 B2 U3
-        worker 1   F0 F1 B1 B0 U1        F2 F3 B3 B2 U3
+                   t=0              t=1
+        worker 0   F0 F1 B1 B0 U1   F2 F3 B3 B2 U3
+        worker 1   F0 F1 B1 B0 U1   F2 F3 B3 B2 U3
 
     Args:
         num_stages: number of stages K >= 1.
@@ -60,10 +60,10 @@ def one_f_one_b(num_stages: int, micro_batches: int | None = None) -> Schedule:
     micro-batches: after K-1-k forward passes it runs one forward and one backward in turn (order
     from memory)::
 
-                   t=0                        t=1
-        worker 0   F0 F1 F2 B0 B1 B2 U2       F3 F4 F5 B3 B4 B5 U5
-        worker 1   F0 F1 B0 F2 B1 B2 U2       F3 F4 B3 F5 B4 B5 U5
-        worker 2   F0 B0 F1 B1 F2 B2 U2       F3 B3 F4 B4 F5 B5 U5
+                   t=0                    t=1
+        worker 0   F0 F1 F2 B0 B1 B2 U2   F3 F4 F5 B3 B4 B5 U5
+        worker 1   F0 F1 B0 F2 B1 B2 U2   F3 F4 B3 F5 B4 B5 U5
+        worker 2   F0 B0 F1 B1 F2 B2 U2   F3 B3 F4 B4 F5 B5 U5
 
     Args:
         num_stages: number of stages K >= 1.
@@ -92,7 +92,8 @@ def interleaved(
     Stage k lives on worker k mod W, W = K/v. With equal stages the bubble shrinks to
     (W-1)/(v m + W-1). Worker i runs 2(W-1-i) + (v-1)W forward passes before its first backward
     pass; forward passes take W micro-batches through its first stage, then through its second and
-    so on, backward passes in reverse (order from memory of Megatron-LM's schedule)::
+    so on, backward passes in reverse (order from memory of Megatron-LM's schedule). With v = 1 it
+    is 1F1B, which runs W-1-i forward passes first::
 
                    t=0
         worker 0   F0/0 F1/0 F0/2 F1/2 B0/2 B1/2 B0/0 B1/0 U1/0 U1/2
@@ -122,7 +123,7 @@ def interleaved(
     turns = [(chunk, j + i) for j in rounds for chunk in range(v) for i in range(count)]
 
     def program(worker: int) -> list[OpTemplate]:
-        warm_up = min(2 * (count - 1 - worker) + (v - 1) * count, v * m)
+        warm_up = min((1 + (v > 1)) * (count - 1 - worker) + (v - 1) * count, v * m)
         forwards = [forward(chunk * count + worker, j) for chunk, j in turns]
         backwards = [backward((v - 1 - chunk) * count + worker, j) for chunk, j in turns]
         updates = [update(chunk * count + worker, m - 1) for chunk in range(v)]
@@ -136,9 +137,11 @@ def zb_h1(num_stages: int, micro_batches: int | None = None) -> Schedule:
 
     The gradient of the input (I) is sent on at once; the gradient of the weights (W) of stage k
     (0-based) comes k micro-batches late and fills what was the bubble at the end. As many
-    micro-batches are held as by stage 1 of 1F1B. The bubble is (K-1)(f + i - w) seconds, a third
-    of 1F1B's if f = i = w (checked: section 2.1 and table 1 as retold on public pages; the order
-    below is derived here, and reaches that bubble)::
+    micro-batches are held as by stage 1 of 1F1B. With equal stages and m >= K the bubble is
+    (K-1)(i + max(0, f - w)) seconds: the paper's (K-1)(f + i - w) if f >= w, a third of 1F1B's if
+    f = i = w; with f < w the first error cannot be back earlier. (Checked on public pages about
+    the paper: the third, and that W is delayed by the warm-up. The order and the case f < w are
+    derived here.)::
 
                    t=0
         worker 0   F0 F1 F2 I0 W0 I1 W1 I2 W2 U2

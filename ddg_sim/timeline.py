@@ -55,7 +55,8 @@ def worker_lane(schedule: Schedule, worker: int) -> str:
     kinds = {template.kind for template in schedule.workers[worker]}
     if len(stages) == 1 and {OpKind.FORWARD, OpKind.UPDATE} <= kinds:
         return f"stage {stages[0] + 1}"
-    return f"worker {worker + 1} (stages {', '.join(str(stage + 1) for stage in stages)})"
+    plural = "s" if len(stages) > 1 else ""
+    return f"worker {worker + 1} (stage{plural} {', '.join(str(k + 1) for k in stages)})"
 
 
 def op_span(lane: str, op: Op, start: float, end: float) -> Span:

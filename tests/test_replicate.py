@@ -181,7 +181,7 @@ def test_who_shares_and_who_queues():
             network=bus(sharing, (0, 1), (1, 0)),
         )
         run = simulate(ddg(2), shared, 2)
-        moved = sorted((s.end for s in run.spans if s.message is not None))
+        moved = sorted(s.end for s in run.spans if s.message is not None)
         # Activation 0: 1 to 3. Activation 1 is asked for at 2, and gradient 0 at 4.
         assert moved[0] == pytest.approx(3.0)
         last = {Sharing.FIFO: [5.0, 7.0], Sharing.FAIR: [6.0, 7.0]}[sharing]
