@@ -28,9 +28,9 @@ def simulate(
     method: Annotated[
         str,
         typer.Argument(
-            help="Training method: bp, ddg, fr, fdg, adl, dsp, dgl, gpipe, 1f1b, interleaved, zb-h1,"
-            " pipedream, pipedream-2bw, stale, pb, spectrain, xpipe, pipemare, sideways, petra,"
-            " ouroboros, pd-asgd or dp."
+            help="Training method: bp, ddg, fr, fdg, adl, dsp, dgl, gpipe, 1f1b, interleaved,"
+            " zb-h1, pipedream, pipedream-2bw, stale, pb, spectrain, xpipe, pipemare, sideways,"
+            " petra, ouroboros, pd-asgd or dp."
         ),
     ],
     stages: Annotated[int, typer.Option(min=1, help="Number of stages K.")],
@@ -55,7 +55,8 @@ def simulate(
         str | None, typer.Option(help="Weights of ddg's backward: stash, current or replay.")
     ] = None,
     micro_batches: Annotated[
-        int | None, typer.Option(help="Micro-batches per update, of a pipeline. [default: K]")
+        int | None,
+        typer.Option(help="Micro-batches per update, of a pipeline. [default: mostly K]"),
     ] = None,
     chunks: Annotated[
         int | None, typer.Option(help="Stages per worker, of interleaved. [default: 2]")
@@ -156,13 +157,15 @@ def simulate(
             }
         )
         return
+    # A worker may hold several stages; of a stage on two workers, the one that updates it counts.
+    per_stage = [found.utilisation[schedule.worker_of(stage)] for stage in range(stages)]
     print_table(
         f"{method} on {stages} stage{'s' if stages > 1 else ''}, sync {schedule.sync.value}",
         ["stage", "utilisation", "staleness", "peak activations", "weight versions"],
         [
             [str(k + 1), percent(busy), str(old), str(held.activations), str(held.weight_versions)]
             for k, (busy, old, held) in enumerate(
-                zip(found.utilisation, found.staleness, found.memory, strict=True)
+                zip(per_stage, found.staleness, found.memory, strict=True)
             )
         ],
     )

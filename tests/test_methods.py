@@ -308,7 +308,7 @@ def test_with_one_stage_all_are_sgd():
         options |= {"replicas": 1} if name == "dp" else {}
         schedule = method(name, 1, **options)
         words = [str(t) for t in schedule.templates() if t.kind is not OpKind.RECOMPUTE]
-        if name not in ("zb-h1", "pd-asgd"):  # two halves; two workers
+        if name not in ("zb-h1", "pd-asgd", "pipedream-2bw"):  # halves, two workers, staleness 1
             assert tuple(words) == plain, name
 
 
