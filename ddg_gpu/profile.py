@@ -44,7 +44,7 @@ TURN, TURNS = 0.05, 6
 PASSES = (OpKind.FORWARD, OpKind.BACKWARD)
 PAIRS = tuple(product(PASSES, PASSES))
 #: Seconds of computing around a message; a waiting core has gone to sleep by then.
-PAUSE = 0.005
+PAUSE = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,11 +383,12 @@ def _exchange(rank: int, given: dict[str, Any], _report: Report) -> dict[str, An
         key: [] for key in ("sent", "sending", "received", "receiving", "came", "left")
     }
     for size in given["sizes"]:
-        tensor, peer = torch.zeros(size // 4), 1 - rank
+        peer = 1 - rank
         for key in ("sent", "sending", "received", "receiving"):
             found[key].append([])
         for receiver_computes in (False, True):
             for _ in range(ROUNDS):
+                tensor = torch.ones(size // 4)  # as in training, of memory just allocated
                 if rank == 0:
                     dist.barrier()
                     _spin(PAUSE)
