@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -27,6 +28,7 @@ from ddg_gpu.job import Job, Network, make_stage, network
 from ddg_gpu.partition import balanced_cuts
 from ddg_gpu.processes import Progress, Report, run_together
 from ddg_gpu.train import one_thread
+from ddg_sim.contention import Slowdown
 from ddg_sim.methods import Semantics, bp
 from ddg_sim.profile import LinkProfile, Profile, StageProfile
 from ddg_sim.schedule import Op, OpKind
@@ -37,10 +39,12 @@ WARM_UP = 3
 KEPT = 64
 #: Messages per link that are timed, and barriers.
 ROUNDS = 20
-#: Seconds that a stage computes alone, and beside the others, in each of so many turns.
-TURN, TURNS = 0.1, 10
+#: Seconds that each kind of pass is timed alone, and beside the others', in each of so many turns.
+TURN, TURNS = 0.05, 6
+PASSES = (OpKind.FORWARD, OpKind.BACKWARD)
+PAIRS = tuple(product(PASSES, PASSES))
 #: Seconds of computing around a message; a waiting core has gone to sleep by then.
-PAUSE = 0.005
+PAUSE = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +66,13 @@ class SharedTimes:
 
     Args:
         links: per link.
-        contention: per stage, how many times longer it takes while all others compute.
+        contention: per stage, how many times longer an operation of its own takes while all
+            others run one: own kind, their kind.
         barrier: seconds from the last worker's coming to a barrier until all go on.
     """
 
     links: tuple[LinkTimes, ...]
-    contention: tuple[float, ...]
+    contention: tuple[Slowdown, ...]
     barrier: float
 
 
@@ -149,7 +154,7 @@ def time_stages(job: Job, dataset: Dataset, iterations: int) -> Durations:
 
 def _durations(job: Job, dataset: Dataset, iterations: int) -> Durations:
     if job.semantics is not Semantics.REPLAY:
-        job = replace(job, method="bp")
+        job = replace(job, method="bp", semantics=None)
     job = replace(job, sync=None)
     schedule = job.schedule()
     parts = network(job, dataset)
@@ -181,7 +186,10 @@ def summarise(
         LinkTimes(median(link.transfer for link in same), median(link.host for link in same))
         for same in zip(*(found.links for found in shared), strict=True)
     ]
-    factors = [median(same) for same in zip(*(found.contention for found in shared), strict=True)]
+    factors = [
+        {pair: median(factors[pair] for factors in same) for pair in same[0]}
+        for same in zip(*(found.contention for found in shared), strict=True)
+    ]
     return Profile(
         version=1,
         model=job.model,
@@ -220,10 +228,13 @@ def _stage_profile(
     index: int,
     times: dict[OpKind, list[float]],
     links: Sequence[LinkTimes],
-    contention: float,
+    contention: Slowdown,
     sizes: Sequence[int],
 ) -> StageProfile:
     own = links[max(0, index - 1) : index + 1]
+    slowdown: dict[Any, dict[Any, float]] = defaultdict(dict)
+    for (kind, other), factor in contention.items():
+        slowdown[kind.name.lower()][other.name.lower()] = factor
     samples: dict[Any, list[float]] = {
         kind.name.lower(): _quantiles(found) for kind, found in times.items()
     }
@@ -237,7 +248,7 @@ def _stage_profile(
         recompute=median(times[OpKind.RECOMPUTE]),
         overhead=0.0,
         message=sum(link.host for link in own) / (2 * max(1, len(own))),  # one sent, one received
-        contention=contention,
+        contention=slowdown,
         output_bytes=sizes[index] if index < len(sizes) else 0,
         parameter_bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
     )
@@ -269,7 +280,7 @@ def time_shared(job: Job, dataset: Dataset) -> SharedTimes:
     """
     sizes = message_bytes(job, network(job, dataset))
     if not sizes:
-        return SharedTimes((), (1.0,), 0.0)
+        return SharedTimes((), ({},), 0.0)
     first, second = run_together(_exchange, 2, {"sizes": sizes})
     links = tuple(
         LinkTimes(
@@ -285,51 +296,68 @@ def time_shared(job: Job, dataset: Dataset) -> SharedTimes:
     beside = run_together(partial(_beside, job), job.stages, dataset_values(dataset))
     return SharedTimes(
         links,
-        tuple(result["contention"] for result in beside),
+        tuple(dict(zip(PAIRS, result["contention"], strict=True)) for result in beside),
         barrier=median(max(left) - came for came, *left in both),
     )
 
 
 def _beside(job: Job, rank: int, given: dict[str, Any], _report: Report) -> dict[str, Any]:
-    """Compute alone while the other stages wait, then all at once; the ratio of the two times.
+    """Forward and backward passes alone while the other stages wait, then beside theirs.
 
-    Both are measured in turns, so that a drift of the machine's speed cancels.
+    All are measured in turns, so that a drift of the machine's speed cancels. Stages with even and
+    odd numbers run all pairs of kinds; with more than two stages, some of the others run one's own
+    kind meanwhile. Returns the ratios in the order of `PAIRS`:
+    own kind, their kind.
     """
     stage = make_stage(job, bp(job.stages), network(job, Dataset(**given)).modules[rank], rank)
     inputs, targets, error = _stand_ins(job, Dataset(**given), rank)
-    sample = 0
+    samples = updates = 0
+    waiting: list[int] = []  # samples that had no backward pass yet
 
-    def compute(iterations: int) -> float:
-        nonlocal sample
+    def run(kind: OpKind, count: int) -> float:
+        nonlocal samples
         start = perf_counter()
-        for _ in range(iterations):
-            for kind in (OpKind.FORWARD, OpKind.BACKWARD, OpKind.UPDATE):
-                version = sample + (kind is OpKind.UPDATE)
-                op = Op(kind, rank, sample, sample, version)
-                if kind is OpKind.FORWARD:
-                    stage.forward(op, inputs, targets)
-                elif kind is OpKind.BACKWARD:
-                    stage.backward(op, error)
-                else:
-                    stage.update(op)
-            sample += 1
-        return (perf_counter() - start) / iterations
+        for _ in range(count):
+            if kind is OpKind.FORWARD:
+                stage.forward(Op(kind, rank, samples, samples, updates), inputs, targets)
+                waiting.append(samples)
+                samples += 1
+            else:
+                sample = waiting.pop()
+                stage.backward(Op(kind, rank, sample, sample, updates), error)
+        return perf_counter() - start
 
-    compute(WARM_UP)
-    iterations = max(1, round(TURN / compute(WARM_UP)))
-    ratios = []
+    def timed(kind: OpKind, count: int, beside: bool) -> float:
+        nonlocal updates
+        # Beside others, it goes on after what counts: they must not find themselves alone.
+        whole = 2 * count + 1 if beside else count
+        if kind is OpKind.BACKWARD:
+            run(OpKind.FORWARD, whole)
+        if beside:
+            dist.barrier()
+        seconds = run(kind, count) / count
+        run(kind, whole - count)
+        run(OpKind.BACKWARD, len(waiting))
+        updates += 1
+        stage.update(Op(OpKind.UPDATE, rank, samples, samples, updates))
+        return seconds
+
+    counts = {
+        kind: max(1, round(TURN / max(timed(kind, 1, False) for _ in range(WARM_UP))))
+        for kind in PASSES
+    }
+    ratios: dict[tuple[OpKind, OpKind], list[float]] = defaultdict(list)
     for _ in range(TURNS):
-        alone = 0.0
+        alone: dict[OpKind, float] = {}
         for turn in range(job.stages):
             dist.barrier()
             if turn == rank:
-                alone = compute(iterations)
-        dist.barrier()
-        # Twice as long, and only the first half counts: then the others are still computing.
-        together = compute(iterations)
-        compute(iterations)
-        ratios.append(together / alone)
-    return {"contention": max(1.0, median(ratios))}
+                alone = {kind: timed(kind, counts[kind], False) for kind in PASSES}
+        for even, odd in PAIRS:
+            own, other = (even, odd) if rank % 2 == 0 else (odd, even)
+            ratios[own, other].append(timed(own, counts[own], True) / alone[own])
+    factors = [max(1.0, median(ratios[pair])) for pair in PAIRS]
+    return {"contention": factors}
 
 
 def _stand_ins(job: Job, dataset: Dataset, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -355,11 +383,12 @@ def _exchange(rank: int, given: dict[str, Any], _report: Report) -> dict[str, An
         key: [] for key in ("sent", "sending", "received", "receiving", "came", "left")
     }
     for size in given["sizes"]:
-        tensor, peer = torch.zeros(size // 4), 1 - rank
+        peer = 1 - rank
         for key in ("sent", "sending", "received", "receiving"):
             found[key].append([])
         for receiver_computes in (False, True):
             for _ in range(ROUNDS):
+                tensor = torch.ones(size // 4)  # as in training, of memory just allocated
                 if rank == 0:
                     dist.barrier()
                     _spin(PAUSE)

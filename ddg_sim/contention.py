@@ -1,16 +1,18 @@
 """Operations that slow each other down because they share a machine.
 
-Cores share caches, memory and power, so a stage computes more slowly while others compute too. How
-often they do depends on the schedule: hardly ever in backpropagation, always in DDG without a
-barrier. So a profile measures each stage alone and beside the others, and this module finds
-durations that agree with the overlap they lead to.
+Cores share caches, memory and power, so an operation takes longer while other stages compute too,
+and how much longer depends on what they compute: two backward passes at once may disturb each
+other more than a forward and a backward pass. How often which operations overlap depends on the
+schedule: hardly ever in backpropagation, always in DDG without a barrier, backward passes among
+themselves in DDG with one. So a profile measures each stage alone and beside the others, and this
+module finds durations that agree with the overlap they lead to.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,19 +30,30 @@ FIELDS = {
     OpKind.UPDATE: "update",
     OpKind.RECOMPUTE: "recompute",
 }
+#: What else behaves like a measured kind of operation.
+LIKE = {
+    OpKind.RECOMPUTE: OpKind.FORWARD,
+    OpKind.BACKWARD_INPUT: OpKind.BACKWARD,
+    OpKind.BACKWARD_WEIGHT: OpKind.BACKWARD,
+}
+#: (own kind, the others' kind): how many times longer it takes while all others run that.
+Slowdown = Mapping[tuple[OpKind, OpKind], float]
+#: Per stage such factors, or one number for all kinds.
+Contention = Sequence[float | Slowdown]
 
 
-def contended(schedule: Schedule, costs: Costs, contention: Sequence[float]) -> Costs:
+def contended(schedule: Schedule, costs: Costs, contention: Contention) -> Costs:
     """Costs of a schedule whose stages slow each other down.
 
-    An operation of stage k that overlaps with a fraction p of the other workers' computing takes
-    1 + p (c_k - 1) times as long as alone: linear between the two cases that were measured, and on
-    average over an operation (derived here).
+    An operation of kind a that overlaps with a fraction p_b of the other workers' operations of
+    kind b takes 1 + Σ_b p_b (c_ab - 1) times as long as alone: linear between the cases that were
+    measured, and on average over an operation (derived here). Kinds that no factor is given for
+    do not disturb; recomputing counts as forward, and half a backward pass as backward.
 
     Args:
         schedule: what runs.
         costs: seconds of every operation alone; where they vary, the means decide the overlap.
-        contention: per stage c_k >= 1, how many times longer it takes while all others compute.
+        contention: per stage, how many times longer it takes while all others compute, c >= 1.
 
     Raises:
         ValueError: for a wrong number of factors, or one below 1 or not finite.
@@ -52,21 +65,28 @@ def contended(schedule: Schedule, costs: Costs, contention: Sequence[float]) -> 
     True
     >>> contended(ddg(2), alone, [1.5, 1.5]).backward  # everything does
     (3.0, 3.0)
+    >>> pairs = {(OpKind.BACKWARD, OpKind.BACKWARD): 1.5}
+    >>> from ddg_sim.schedule import Sync
+    >>> contended(ddg(2, Sync.BARRIER), alone, [pairs, pairs]).backward
+    (3.0, 3.0)
     """
     if len(contention) != schedule.num_stages:
         raise ValueError(
             f"contention has {len(contention)} values, but there are {schedule.num_stages} stages"
         )
-    if not all(math.isfinite(factor) and factor >= 1 for factor in contention):
+    factors = [
+        list(given.values()) if isinstance(given, Mapping) else [given] for given in contention
+    ]
+    if not all(math.isfinite(factor) and factor >= 1 for given in factors for factor in given):
         raise ValueError(f"contention must be finite and at least 1, got {list(contention)}")
-    if len(schedule.workers) == 1 or all(factor == 1 for factor in contention):
+    if len(schedule.workers) == 1 or all(factor == 1 for given in factors for factor in given):
         return costs
     slowed = costs
     for _ in range(TURNS):
         overlap = _overlap(evaluate(schedule, slowed.means(), 3 * schedule.num_ticks(0) + 12))
         longer: dict[str, Any] = {
             name: tuple(
-                scaled(time, 1 + overlap[kind, stage] * (contention[stage] - 1))
+                scaled(time, 1 + _extra(contention[stage], kind, overlap[kind, stage]))
                 for stage, time in enumerate(getattr(costs, name))
             )
             for kind, name in FIELDS.items()
@@ -75,15 +95,33 @@ def contended(schedule: Schedule, costs: Costs, contention: Sequence[float]) -> 
     return slowed
 
 
-def _overlap(timeline: Timeline) -> dict[tuple[OpKind, int], float]:
-    """Mean fraction of the other workers that compute during an operation, in steady state."""
+def _extra(given: float | Slowdown, kind: OpKind, overlap: Mapping[OpKind, float]) -> float:
+    """By which fraction an operation takes longer, given what overlaps with it how much."""
+    if not isinstance(given, Mapping):
+        return sum(overlap.values()) * (given - 1)
+    own = LIKE.get(kind, kind)
+    return sum(
+        part * (given.get((own, LIKE.get(other, other)), 1.0) - 1)
+        for other, part in overlap.items()
+    )
+
+
+Overlap = dict[tuple[OpKind, int], dict[OpKind, float]]
+
+
+def _overlap(timeline: Timeline) -> Overlap:
+    """Per kind and stage, the mean fraction of the other workers that run which kind meanwhile."""
     schedule = timeline.schedule
     spans = [(span, op) for span, op in timeline.operations if span.duration > 0]
-    home = {stage: schedule.worker_of(stage) for stage in range(schedule.num_stages)}
+    home = {
+        (template.kind, template.stage): worker
+        for worker, body in enumerate(schedule.workers)
+        for template in body
+    }
     others = len(schedule.workers) - 1
     lag = schedule.num_ticks(0)
     steady = range(lag, timeline.iterations - lag)  # neither warm-up nor drain
-    shared: dict[tuple[OpKind, int], float] = defaultdict(float)
+    shared: Overlap = defaultdict(lambda: defaultdict(float))
     total: dict[tuple[OpKind, int], float] = defaultdict(float)
     first = 0  # spans are sorted by start: those before it end too early to matter
     longest = max((span.duration for span, _ in spans), default=0.0)
@@ -92,12 +130,15 @@ def _overlap(timeline: Timeline) -> dict[tuple[OpKind, int], float]:
             continue
         while spans[first][0].start < span.start - longest:
             first += 1
-        common = 0.0
+        key = (op.kind, op.stage)
         for other, its_op in spans[first:]:
             if other.start >= span.end:
                 break
-            if home[its_op.stage] != home[op.stage]:
-                common += max(0.0, min(span.end, other.end) - max(span.start, other.start))
-        shared[op.kind, op.stage] += common / others
-        total[op.kind, op.stage] += span.duration
-    return defaultdict(float, {key: shared[key] / seconds for key, seconds in total.items()})
+            if home[its_op.kind, its_op.stage] != home[key]:
+                common = min(span.end, other.end) - max(span.start, other.start)
+                shared[key][its_op.kind] += max(0.0, common) / others
+        total[key] += span.duration
+    fractions: Overlap = defaultdict(dict)
+    for key, seconds in total.items():
+        fractions[key] = {other: part / seconds for other, part in shared[key].items()}
+    return fractions

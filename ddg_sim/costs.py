@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ddg_sim.dependencies import Relation
+from ddg_sim.dependencies import TRAVELS, Relation
 from ddg_sim.network import FREE, Network
 from ddg_sim.schedule import OpKind
 from ddg_sim.times import Time, check_number, mean, scaled
@@ -164,20 +164,18 @@ class Costs:
     def transfer(self, relation: Relation, source_stage: int, target_stage: int) -> Time:
         """Time that a message from one stage to its neighbour occupies their link.
 
-        Between two workers of one stage, nothing has to travel.
-
         Raises:
             ValueError: if no activation, or gradient, flows between these two stages.
 
         >>> costs(3, comm=(0.1, 0.2)).transfer(Relation.GRADIENT, 2, 1)
         0.2
         """
+        if relation not in TRAVELS:
+            return 0.0  # two workers of one stage share its memory; a credit carries no data
         if relation is Relation.ACTIVATION and target_stage == source_stage + 1:
             return self.activation_transfer[source_stage]
         if relation is Relation.GRADIENT and target_stage == source_stage - 1:
             return self.gradient_transfer[target_stage]
-        if source_stage == target_stage:
-            return 0.0
         raise ValueError(f"no {relation.value} flows from stage {source_stage} to {target_stage}")
 
 

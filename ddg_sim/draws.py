@@ -68,7 +68,7 @@ class _Draw:
         self.costs = costs
         self.seed = seed
         self.runs = runs
-        self.replicas = getattr(graph.schedule, "replicas", 1)
+        self.replicas = graph.schedule.replicas
         self.m = graph.schedule.samples_per_iteration
         self.total = max(1, iterations * self.m)
         self.ticks = np.arange(graph.schedule.num_ticks(iterations))

@@ -105,7 +105,7 @@ def event_graph(schedule: Schedule, network: Network = FREE) -> EventGraph:
     edges = dependencies(schedule)
     messages: dict[Node, int] = defaultdict(int)
     for edge in edges:
-        if edge.is_message:
+        if edge.travels:
             messages[edge.source] += 1
             messages[edge.consumer] += 1
     events: list[Event] = []
@@ -134,12 +134,11 @@ def event_graph(schedule: Schedule, network: Network = FREE) -> EventGraph:
             events.append(_transfer(schedule, edge))
             arcs.append(Arc(index[edge.source], transfer, 0))
             arcs.append(Arc(transfer, index[edge.target], edge.tokens, data=True))
-            links[edge.source.worker, edge.target.worker].append(transfer)
+            if edge.travels:
+                links[edge.source.worker, edge.target.worker].append(transfer)
     for transfers in links.values():
         transfers.sort(key=lambda transfer: _message(events[transfer]).source.position)
         arcs.extend(_link_order(transfers))
-        if network.queue_depth is not None:
-            arcs.extend(_queues(events, index, transfers, network.queue_depth))
     barriers = _add_barriers(schedule, index, events, arcs)
     if network.blocking:
         for transfers in links.values():
@@ -185,22 +184,6 @@ def _link_order(ordered: list[int]) -> list[Arc]:
         Arc(before, ordered[(place + 1) % len(ordered)], int(place + 1 == len(ordered)))
         for place, before in enumerate(ordered)
     ]
-
-
-def _queues(
-    events: list[Event], index: dict[Node, int], ordered: list[int], depth: int
-) -> list[Arc]:
-    """A stream's message is sent when the one ``depth`` before it has been used up."""
-    streams: dict[tuple[Relation, tuple[int, int]], list[int]] = defaultdict(list)
-    for transfer in ordered:
-        streams[_message(events[transfer]).relation, events[transfer].ends].append(transfer)
-    arcs = []
-    for stream in streams.values():
-        for place, transfer in enumerate(stream):
-            back, before = divmod(place - depth, len(stream))
-            earlier = _message(events[stream[before]])
-            arcs.append(Arc(index[earlier.consumer], transfer, -back - earlier.tokens, data=True))
-    return arcs
 
 
 def _blocking(

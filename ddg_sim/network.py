@@ -1,4 +1,4 @@
-"""How messages travel, beyond how long each takes: overlap, queues, shared buses."""
+"""How messages travel, beyond how long each takes: overlap, shared buses."""
 
 from __future__ import annotations
 
@@ -38,28 +38,21 @@ class Network:
     Args:
         blocking: whether a worker that sends waits until its message has arrived; otherwise
             transfers overlap with computing.
-        queue_depth: most messages of a stream that may be on their way or waiting, the one in use
-            included; the next one's transfer begins only when a place is free. None: no limit.
         buses: media that links share.
 
     Raises:
         ValueError: naming the argument and its value.
 
-    >>> Network(queue_depth=0)
+    >>> Network(buses=(Bus(frozenset({(0, 1)})), Bus(frozenset({(0, 1), (1, 2)}))))
     Traceback (most recent call last):
     ...
-    ValueError: queue_depth is 0: give at least 1, or None for no limit
+    ValueError: buses: link (0, 1) is on two of them: put it on one
     """
 
     blocking: bool = False
-    queue_depth: int | None = None
     buses: tuple[Bus, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.queue_depth is not None and self.queue_depth < 1:
-            raise ValueError(
-                f"queue_depth is {self.queue_depth}: give at least 1, or None for no limit"
-            )
         seen: set[tuple[int, int]] = set()
         for bus in self.buses:
             if twice := seen & bus.links:
@@ -67,5 +60,5 @@ class Network:
             seen |= bus.links
 
 
-#: Links that overlap with computing, never fill up and are shared by nobody.
+#: Links that overlap with computing and are shared by nobody.
 FREE = Network()

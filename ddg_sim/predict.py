@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ddg_sim.contention import contended
+from ddg_sim.contention import Contention, contended
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import CycleTime, cycle_time, evaluate
 from ddg_sim.eventgraph import event_graph
@@ -73,7 +72,7 @@ def predict(
     costs: Costs,
     iterations: int,
     engine: str = "cycle",
-    contention: Sequence[float] | None = None,
+    contention: Contention | None = None,
     precision: float = 0.01,
     seed: int = 0,
 ) -> Prediction:

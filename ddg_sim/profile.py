@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ddg_sim.contention import Slowdown
 from ddg_sim.costs import Costs
 from ddg_sim.files import read_text, replacing
+from ddg_sim.schedule import OpKind
 from ddg_sim.times import Samples
 
 
@@ -18,6 +20,7 @@ class ProfileError(ValueError):
 
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+Factor = Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True)]
 Kind = Literal["forward", "backward", "update", "recompute"]
 Bytes = Annotated[int, Field(ge=0, strict=True)]
 
@@ -25,7 +28,8 @@ Bytes = Annotated[int, Field(ge=0, strict=True)]
 class StageProfile(BaseModel):
     """One stage: seconds per operation on one mini-batch when it computes alone, sizes in bytes.
 
-    ``contention`` says how many times longer its operations take while all others compute too.
+    ``contention`` says how many times longer its operations take while all others compute too:
+    one number, or per kind of its own operation and kind of theirs.
     ``message`` is what the host spends on each message that the stage sends or receives.
     ``samples`` are measured seconds by kind, around the medians that the other fields hold.
     """
@@ -40,7 +44,7 @@ class StageProfile(BaseModel):
     recompute: Seconds
     overhead: Seconds
     message: Seconds = 0.0
-    contention: Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True)] = 1.0
+    contention: Factor | dict[Kind, dict[Kind, Factor]] = 1.0
     output_bytes: Bytes
     parameter_bytes: Bytes
 
@@ -96,9 +100,18 @@ class Profile(BaseModel):
         return self
 
     @property
-    def contention(self) -> tuple[float, ...]:
-        """Per stage, how many times longer it takes while all others compute; see `contended`."""
-        return tuple(stage.contention for stage in self.stages)
+    def contention(self) -> list[float | Slowdown]:
+        """Per stage, how much longer it takes while all others compute; see `contended`."""
+        return [
+            stage.contention
+            if isinstance(stage.contention, float)
+            else {
+                (OpKind[own.upper()], OpKind[other.upper()]): factor
+                for own, factors in stage.contention.items()
+                for other, factor in factors.items()
+            }
+            for stage in self.stages
+        ]
 
     def costs(self) -> Costs:
         """Seconds of every operation when its stage computes alone, and of every message."""

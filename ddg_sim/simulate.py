@@ -79,7 +79,7 @@ def simulate(
     env = simpy.Environment(initial_time=0.0)
     graph = event_graph(schedule)
     times = durations(graph, costs, iterations, seed, range(run, run + 1))
-    meeting = _Meeting(env, getattr(schedule, "replicas", 1))
+    meeting = _Meeting(env, schedule.replicas)
     replicas = [
         _Replica(
             env,
@@ -90,7 +90,7 @@ def simulate(
             drain,
             meeting,
         )
-        for r in range(getattr(schedule, "replicas", 1))
+        for r in range(schedule.replicas)
     ]
     processes = [
         env.process(replica.work(worker))
@@ -152,7 +152,7 @@ class _Place:
     """A place in a loop body while it is simulated; see `lowering.Place`."""
 
     __slots__ = (
-        "barrier", "ends", "frees", "incoming", "meets", "outgoing", "seconds", "starts", "ticks"
+        "barrier", "ends", "incoming", "meets", "outgoing", "seconds", "starts", "ticks"
     )  # fmt: skip
 
     def __init__(
@@ -163,7 +163,6 @@ class _Place:
         self.incoming = [(streams[c.number], c.dependency.tokens) for c in place.incoming]
         self.outgoing = [streams[c.number] for c in place.outgoing]
         self.barrier = place.barrier
-        self.frees = [(streams[c.number], c.dependency.tokens) for c in place.uses]
         self.meets = place.template.kind is OpKind.ALL_REDUCE
         self.starts, self.ends = array("d"), array("d")
 
@@ -212,9 +211,6 @@ class _Replica:
         self._waits: dict[int, tuple[_Stream, int] | str] = {}
         self._barriers: dict[tuple[int, int], tuple[simpy.Event, list[int]]] = {}
         self._links = _Links(env, network, self.streams)
-        if network.queue_depth is None:
-            for place in (place for body in self.bodies for place in body):
-                place.frees = []  # nobody waits for a place in a queue
 
     def waiting(self) -> Iterator[str]:
         """Per worker that waits, what for."""
@@ -250,8 +246,6 @@ class _Replica:
                     for stream in place.outgoing:
                         if tick in stream.ticks:
                             send(stream, tick)
-                    for stream, tokens in place.frees:
-                        self._links.use(stream, tick - tokens)
                     if self.blocking:
                         for stream in place.outgoing:
                             if tick in stream.ticks:
@@ -303,34 +297,11 @@ class _Link:
 
     __slots__ = ("busy", "free", "medium", "pending")
 
-    def __init__(self, medium: _Medium) -> None:
-        self.free = 0.0  # when it is, where transfers only queue
+    def __init__(self) -> None:
+        self.free = 0.0  # when it is, on a link that shares nothing
         self.busy = False
-        self.pending: deque[tuple[_Stream, int]] = deque()
-        self.medium = medium
-
-
-class _Queue:
-    """The messages of all channels with the same ends, numbered in the order of production."""
-
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
-        self.streams: list[_Stream] = []
-        self.used: set[int] = set()
-
-    def has_room(self, stream: _Stream, tick: int) -> bool:
-        """Whether the message ``depth`` before this one has been used up, or never was."""
-        number = self._number(stream, tick) - self.depth
-        before, place = divmod(number, len(self.streams))
-        return before not in self.streams[place].ticks or number in self.used
-
-    def use(self, stream: _Stream, tick: int) -> None:
-        number = self._number(stream, tick)
-        self.used.add(number)
-        self.used.discard(number - 2 * self.depth)  # its successor has been sent long ago
-
-    def _number(self, stream: _Stream, tick: int) -> int:
-        return len(self.streams) * tick + self.streams.index(stream)
+        self.pending: deque[tuple[_Stream, float]] = deque()
+        self.medium: _Medium | None = None  # what it shares with others
 
 
 class _Links:
@@ -338,41 +309,32 @@ class _Links:
 
     def __init__(self, env: simpy.Environment, network: Network, streams: list[_Stream]) -> None:
         self._env = env
-        self._plain = network.queue_depth is None and not network.buses
         links: dict[tuple[int, int], _Link] = {}
         media: dict[Bus, _Medium] = {}
-        self._queues: dict[_Stream, _Queue] = {}
-        queues: dict[tuple[object, int, int], _Queue] = {}
-        order = sorted(streams, key=lambda stream: stream.channel.dependency.source)
-        for stream in order:
+        for stream in streams:
             edge, ends = stream.channel.dependency, (stream.channel.source, stream.channel.target)
             bus = next((bus for bus in network.buses if ends in bus.links), None)
+            if bus is not None and bus not in media:
+                media[bus] = MEDIA[bus.sharing](env)
             workers = edge.source.worker, edge.target.worker
-            if workers not in links:
-                if bus is None:
-                    medium: _Medium = _Fifo(env)
-                elif bus in media:
-                    medium = media[bus]
-                else:
-                    medium = media[bus] = MEDIA[bus.sharing](env)
-                links[workers] = _Link(medium)
-            stream.link = links[workers]
-            if network.queue_depth is not None:
-                key = (stream.channel.relation, *ends)
-                queue = queues.setdefault(key, _Queue(network.queue_depth))
-                queue.streams.append(stream)
-                self._queues[stream] = queue
+            stream.link = links.setdefault(workers, _Link())
+            if bus is not None:
+                stream.link.medium = media[bus]
 
     def send(self, stream: _Stream, tick: int) -> None:
         """Hand over the message sent in ``tick``."""
-        link = stream.link
-        if not self._plain:
-            link.pending.append((stream, tick))
-            self._pump(link)
-            return
-        now, seconds = self._env.now, stream.seconds
+        link, now, seconds = stream.link, self._env.now, stream.seconds
         if isinstance(seconds, list):
             seconds = seconds[tick]
+        if not stream.channel.dependency.travels:  # within a stage, or a mere signal
+            stream.starts.append(now)
+            stream.ends.append(now)
+            stream.arrive()
+            return
+        if link.medium is not None:
+            link.pending.append((stream, seconds))
+            self._next(link, link.medium)
+            return
         start = link.free if link.free > now else now
         link.free = end = start + seconds
         stream.starts.append(start)
@@ -382,30 +344,20 @@ class _Links:
         else:
             stream.arrive()
 
-    def use(self, stream: _Stream, tick: int) -> None:
-        """The operation that needed the message sent in ``tick`` has ended."""
-        if tick in stream.ticks:
-            self._queues[stream].use(stream, tick)
-            self._pump(stream.link)
-
-    def _pump(self, link: _Link) -> None:
-        """Begin the next transfer of a link, if it may begin."""
+    def _next(self, link: _Link, medium: _Medium) -> None:
+        """Begin the next transfer of a link on a shared medium."""
         if link.busy or not link.pending:
             return
-        stream, tick = link.pending[0]
-        if self._queues and not self._queues[stream].has_room(stream, tick):
-            return
-        link.pending.popleft()
         link.busy = True
-        seconds = stream.seconds[tick] if isinstance(stream.seconds, list) else stream.seconds
+        stream, seconds = link.pending.popleft()
 
         def done() -> None:
             stream.ends.append(self._env.now)
             link.busy = False
             stream.arrive()
-            self._pump(link)
+            self._next(link, medium)
 
-        link.medium.carry(seconds, lambda: stream.starts.append(self._env.now), done)
+        medium.carry(seconds, lambda: stream.starts.append(self._env.now), done)
 
 
 Callback = Callable[[], None]

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ddg_sim.eventgraph import event_graph, retiming, state_ticks
 from ddg_sim.lowering import Message, StageMemory, channels, message_of, stage_memory
-from ddg_sim.schedule import Op, Schedule
+from ddg_sim.schedule import Op, OpKind, Schedule
 from ddg_sim.steady import Regime, find_regime, robust_period
 
 
@@ -52,15 +52,16 @@ def worker_lane(schedule: Schedule, worker: int) -> str:
     'stage 1'
     """
     stages = sorted({template.stage for template in schedule.workers[worker]})
-    if len(stages) == 1:
+    kinds = {template.kind for template in schedule.workers[worker]}
+    if len(stages) == 1 and {OpKind.FORWARD, OpKind.UPDATE} <= kinds:
         return f"stage {stages[0] + 1}"
-    return f"worker {worker + 1} (stages {', '.join(str(stage + 1) for stage in stages)})"
+    plural = "s" if len(stages) > 1 else ""
+    return f"worker {worker + 1} (stage{plural} {', '.join(str(k + 1) for k in stages)})"
 
 
 def op_span(lane: str, op: Op, start: float, end: float) -> Span:
     """Span of an operation in its worker's lane, labelled with its kind and sample.
 
-    >>> from ddg_sim.schedule import OpKind
     >>> op_span("stage 2", Op(OpKind.FORWARD, 1, 5, 5, 4), 7.0, 8.0).label
     'F5'
     """
