@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -99,6 +100,30 @@ class Cuts:
         """Whether the cuts keep the constraints that no level can loosen."""
         kept = self.values(cuts) <= self.limit + self.rounding
         return bool((kept | (self.rate > 0)).all())
+
+    def levels_around(self, cuts: tuple[int, ...]) -> Array:
+        """The level for every move of one of the cuts, shape (K-1, L+1); inf for what is no cut."""
+        chosen = self.tables[:, np.arange(self.num_cuts), list(cuts)]
+        moved = self.values(cuts)[:, None, None] - chosen[:, :, None] + self.tables
+        rated = self.rate > 0
+        levels = (moved - self.limit[:, None, None])[rated] / self.rate[rated, None, None]
+        least = np.asarray(levels.max(axis=0))
+        over = (moved > (self.limit + self.rounding)[:, None, None])[~rated].any(axis=0)
+        position = np.arange(self.size)
+        between = (position > np.array([0, *cuts[:-1]])[:, None]) & (
+            position < np.array([*cuts[1:], self.size - 1])[:, None]
+        )
+        least[over | ~between] = np.inf
+        return least
+
+    def excludes(self, level: float) -> bool:
+        """Whether single constraints alone rule out all cuts at this level."""
+        slack = self.rate * level + self.limit - self.const + self.rounding
+        return self.num_cuts > 0 and _propagate(self.tables, slack, self.possible) is None
+
+    def relaxed(self) -> list[tuple[int, ...]]:
+        """Cuts that `lower_bound` came across, those within limits."""
+        return [point for point in self._points if self.within_limits(point)]
 
     def lower_bound(self) -> float:
         """A level below which no cuts keep all constraints that have a rate.
@@ -369,7 +394,9 @@ def minimise(
         take too long, the best that was found, with a lower bound that is less than its value.
     """
     best, cuts = value_of(start), start
-    lower = floor = level = problem.lower_bound()  # nothing is below lower; or was found below floor
+    lower = floor = level = (
+        problem.lower_bound()
+    )  # nothing is below lower; or was found below floor
     while best - floor > 2 * TOLERANCE * best:
         known = len(problem.rows)
         try:
@@ -395,3 +422,86 @@ def minimise(
                 return Minimum(found or cuts, best if found is None else value, min(lower, best))
     except TooManyLabelsError:
         return Minimum(cuts, best, min(lower, best))
+
+
+def enumerate_all(problem: Cuts, value_of: Callable[[tuple[int, ...]], float]) -> Minimum | None:
+    """What `minimise` finds, by looking at all cuts at once; None if none are within limits.
+
+    It takes memory for as many numbers as there are cuts times constraints.
+    """
+    choices = np.array(
+        list(combinations(range(1, problem.size - 1), problem.num_cuts)), dtype=np.intp
+    ).reshape(math.comb(problem.size - 2, problem.num_cuts), problem.num_cuts)
+    levels = np.full(len(choices), -np.inf)
+    known = 0
+    while True:
+        for row in range(known, len(problem.rows)):
+            table = problem.tables[row][np.arange(problem.num_cuts), choices].sum(axis=1)
+            left = table + problem.const[row] - problem.limit[row]
+            if problem.rate[row] > 0:
+                np.maximum(levels, left / problem.rate[row], out=levels)
+            else:
+                levels[left > problem.rounding[row]] = np.inf
+        known = len(problem.rows)
+        least = float(levels.min())
+        if least == np.inf:
+            return None
+        first = int(np.argmax(levels <= least * (1 + TOLERANCE)))
+        cuts = tuple(map(int, choices[first]))
+        value = value_of(cuts)
+        if value <= least * (1 + 2 * TOLERANCE) or len(problem.rows) == known:
+            return Minimum(cuts, value, min(least, value))
+
+
+def descend(
+    problem: Cuts,
+    value_of: Callable[[tuple[int, ...]], float],
+    starts: Iterable[tuple[int, ...]],
+) -> Minimum:
+    """Minimise as `minimise` does, but only until no single cut can be moved to advantage.
+
+    It begins at each of ``starts`` that is within limits (at least one is), then at those cuts
+    that the lower bound's relaxation finds best, as long as the known constraints promise something
+    better there.
+
+    Returns:
+        The best that was found; it is known to be the least only if `Minimum.exact`.
+    """
+    tried = {start for start in starts if problem.within_limits(start)}
+    best, cuts = min(_downhill(problem, value_of, start) for start in sorted(tried))
+    while True:
+        lower = problem.lower_bound()
+        promising = [
+            (level, point)
+            for point in problem.relaxed()
+            if point not in tried and (level := problem.level(point)) < best * (1 - TOLERANCE)
+        ]
+        if best - lower <= TOLERANCE * best or not promising:
+            if problem.excludes(best * (1 - TOLERANCE)):
+                lower = max(lower, best * (1 - TOLERANCE))
+            return Minimum(cuts, best, min(lower, best))
+        point = min(promising)[1]
+        tried.add(point)
+        best, cuts = min((best, cuts), _downhill(problem, value_of, point))
+
+
+def _downhill(
+    problem: Cuts,
+    value_of: Callable[[tuple[int, ...]], float],
+    cuts: tuple[int, ...],
+) -> tuple[float, tuple[int, ...]]:
+    """Move one cut at a time to where the known constraints promise most, while that is better."""
+    value = value_of(cuts)
+    while problem.num_cuts:
+        levels = problem.levels_around(cuts)
+        cut, position = divmod(int(levels.argmin()), problem.size)
+        if not levels[cut, position] < value * (1 - TOLERANCE):
+            break
+        moved = (*cuts[:cut], position, *cuts[cut + 1 :])
+        known = len(problem.rows)
+        found = value_of(moved)
+        if found < value:
+            value, cuts = found, moved
+        elif len(problem.rows) == known:  # rounding: the promise would be made again
+            break
+    return value, cuts
