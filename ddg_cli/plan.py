@@ -169,6 +169,7 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 LARGEST = 10_000_000
+BOUND = "bound by"
 
 
 def _batch_size(path: Path) -> int | None:
@@ -212,13 +213,12 @@ def _print(found: Plan, top: int) -> None:
     rows = found.rows
     batches = len({row.batch_size for row in rows}) > 1
     random = any(row.period.runs for row in rows)
-    shown = [_cells(row, place, random) for place, row in enumerate(rows[:top], start=1)]
-    columns = ["", "method", "K×R", "m", "batch", "period", "vs BP", "vs DP", "stale", "memory"]
-    columns.append("bound by")
+    shown = [_cells(row, random) for row in rows[:top]]
+    columns = ["method", "K×R", "m", "batch", "period", "vs BP", "vs DP", "stale", "memory", BOUND]
     if not batches:
-        shown = [[*cells[:4], *cells[5:]] for cells in shown]
+        shown = [[*cells[:3], *cells[4:]] for cells in shown]
         columns.remove("batch")
-    print_table(_title(rows), columns, shown)
+    print_table(_title(rows), columns, shown, left=[BOUND])
     if len(rows) > top:
         print_line(f"… and {len(rows) - top:,} more (--top or --json shows them)")
     if not all(row.bp_fits and row.dp_fits for row in rows[:top]):
@@ -235,7 +235,10 @@ def _print(found: Plan, top: int) -> None:
             f"cuts proved best for {len(rows) - unproved:,} of {len(rows):,} points,"
             " the others are the best that was found (--exact searches on)"
         )
-    print_line(ASSUMPTION)
+    print_line(
+        "batch: samples per update over all replicas, of which an operation takes batch/(m R);"
+        " a layer's time grows with them"
+    )
     print_line(_best(rows[0]))
 
 
@@ -250,7 +253,7 @@ def _name(row: Row) -> str:
     return row.schedule.method + (f" ({sync})" if sync != "none" else "")
 
 
-def _cells(row: Row, place: int, random: bool) -> list[str]:
+def _cells(row: Row, random: bool) -> list[str]:
     from ddg_sim.partition import bytes_text
 
     schedule, period = row.schedule, seconds(row.period.value)
@@ -258,7 +261,6 @@ def _cells(row: Row, place: int, random: bool) -> list[str]:
         period += f" ±{100 * row.period.relative_width:.1f}%"
     replicas = f"×{schedule.replicas}" if schedule.replicas > 1 else ""
     return [
-        str(place),
         _name(row),
         f"{schedule.num_stages}{replicas}",
         str(schedule.samples_per_iteration),

@@ -42,8 +42,8 @@ class Row:
         cuts: first layer of stages 1..K-1.
         period: seconds per update.
         throughput: samples per second; batches of the profile, where its size is not known.
-        over_bp: speedup over backpropagation on the same devices, stages and replicas; None if
-            nothing takes any time.
+        over_bp: speedup over backpropagation on as many devices as one replica has, with the same
+            batch; None where that is impossible, or nothing takes any time.
         over_dp: speedup over plain data parallelism on as many devices; None where that cannot
             split the batch, or nothing joins the devices.
         bp_fits: whether that backpropagation fits into memory.
@@ -275,16 +275,9 @@ def _check(schedule: Schedule, setting: Setting) -> None:
 
 
 def _baselines(schedule: Schedule) -> tuple[Schedule, Schedule]:
-    """Backpropagation on the same devices, and data parallelism on as many."""
-    workers, replicas = len(schedule.workers), schedule.replicas
-    return (
-        _replicated(methods.bp(workers), replicas),
-        _replicated(methods.bp(1), workers * replicas),
-    )
-
-
-def _replicated(schedule: Schedule, replicas: int) -> Schedule:
-    return methods.data_parallel(schedule, replicas)
+    """Backpropagation on the devices of one replica, and data parallelism on all."""
+    workers = len(schedule.workers)
+    return methods.bp(workers), methods.data_parallel(methods.bp(1), workers * schedule.replicas)
 
 
 def _anonymous(schedule: Schedule) -> Schedule:

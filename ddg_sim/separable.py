@@ -144,7 +144,7 @@ class Cuts:
                 best, best_weights = least, weights
             if cuts not in self._points:
                 self._points.append(cuts)
-            points = np.array(self._points, dtype=int).reshape(-1, self.num_cuts)
+            points = np.array(self._points, dtype=int).reshape(len(self._points), self.num_cuts)
             values = tables[:, np.arange(self.num_cuts), points].sum(axis=2) + const[:, None]
             # Maximise θ under θ <= Σ weights · values of every point, weights >= 0, Σ weights = 1.
             solved = linprog(
