@@ -267,8 +267,8 @@ def closed_period(machine: GptMachine, runs: Sequence[GptRun]) -> Vector:
     tests/test_anchors.py compares it with the schedule's.
 
     >>> run = GptRun(4, 1, 1024, 16, 24, 1024, 1, 1, pipeline=2)
-    >>> abs(closed_period(GptMachine(), [run])[0] - GptMachine().period(run)) < 1e-12
-    True
+    >>> round(float(closed_period(GptMachine(), [run])[0]), 3)
+    0.269
     """
     run = _columns(runs)
     found = _seconds(machine, run)
