@@ -1,9 +1,11 @@
-"""Writing a file so that a reader never sees half of it."""
+"""Reading a text file with one clear line for what is wrong, writing one whole or not at all."""
 
 from __future__ import annotations
 
+import gzip
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,3 +43,33 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_text(path: str | Path, error: type[ValueError]) -> str:
+    """Text of a UTF-8 file, unpacked if it is gzip.
+
+    Raises:
+        ValueError: of the type ``error``, in one line with the path, if the file is missing,
+            broken or binary.
+
+    >>> read_text("no/such/file", ValueError)
+    Traceback (most recent call last):
+    ...
+    ValueError: no/such/file: cannot be read: No such file or directory
+    """
+    try:
+        content = Path(path).read_bytes()
+        if content.startswith(b"\x1f\x8b"):  # gzip's magic number
+            content = gzip.decompress(content)
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise error(f"{path}: cannot be read: not a text file") from None
+    except EOFError:
+        raise error(f"{path}: cannot be read: the gzip file is cut off") from None
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror or reason}") from None
+    except (ValueError, zlib.error) as reason:  # a path with a null byte, broken compression
+        raise error(f"{path}: cannot be read: {reason}") from None
+    if "\0" in text:
+        raise error(f"{path}: cannot be read: not a text file")
+    return text

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ddg_sim.costs import Costs
-from ddg_sim.files import replacing
+from ddg_sim.files import read_text, replacing
 
 
 class ProfileError(ValueError):
@@ -127,19 +127,22 @@ def read(path: str | Path) -> Profile:
     ...
     ddg_sim.profile.ProfileError: no/such/profile.json: cannot be read: No such file or directory
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ProfileError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ProfileError(f"{path}: cannot be read: not a text file") from None
+    text = read_text(path, ProfileError)
     try:
         return Profile.model_validate_json(text)
     except ValidationError as error:
-        raise ProfileError(f"{path}: {_first(error)}") from None
+        raise ProfileError(f"{path}: {first_problem(error)}") from None
 
 
-def _first(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """Pydantic's first complaint in one line: field, what is wrong, what was found.
+
+    >>> try:
+    ...     LinkProfile(activation=-1.0, gradient=0.0, bytes=0)
+    ... except ValidationError as error:
+    ...     first_problem(error)
+    'activation: input should be greater than or equal to 0 (got -1.0)'
+    """
     details = error.errors(include_url=False)[0]
     field = "".join(
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"]
