@@ -36,12 +36,14 @@ from scipy.optimize import least_squares
 
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import cycle_time
-from ddg_sim.schedule import Schedule, backward, forward, update
+from ddg_sim.synchronous import one_f_one_b
 
 VOCABULARY = 50257  # GPT-2's, which vTrain's configurations use
 ELEMENT = 2  # bytes of a half-precision number
 
 Vector = NDArray[np.float64]
+
+_schedule = cache(one_f_one_b)  # many runs share one
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ class GptMachine:
         >>> round(GptMachine().period(GptRun(4, 1, 1024, 16, 24, 1024, 1, 1, pipeline=2)), 3)
         0.269
         """
-        return cycle_time(one_f_one_b(run.pipeline, run.micro_batches), self.costs(run)).period
+        return cycle_time(_schedule(run.pipeline, run.micro_batches), self.costs(run)).period
 
 
 #: No machine's constant is below these; host, latency and vocabulary have no known limit.
@@ -186,27 +188,6 @@ def calibrate(runs: Sequence[GptRun], seconds: Sequence[float]) -> GptMachine:
 
     found = least_squares(errors, start, bounds=(least, np.inf))
     return GptMachine(*map(float, np.exp(found.x)))
-
-
-@cache
-def one_f_one_b(num_stages: int, micro_batches: int) -> Schedule:
-    """1F1B with a flush (DAPPLE, Megatron): stage k runs K-1-k forward passes ahead.
-
-    >>> print(one_f_one_b(2, 2))
-    1f1b stages=2 sync=none activations=graph jacobian=stashed samples=2
-    worker 0: F0(2t) F0(2t+1) B0(2t) B0(2t+1) U0(2t+1)
-    worker 1: F1(2t) B1(2t) F1(2t+1) B1(2t+1) U1(2t+1)
-    """
-    workers = []
-    for k in range(num_stages):
-        ahead = min(micro_batches, num_stages - 1 - k)
-        body = [forward(k, sample) for sample in range(ahead)]
-        for sample in range(micro_batches):
-            if sample + ahead < micro_batches:
-                body.append(forward(k, sample + ahead))
-            body.append(backward(k, sample))
-        workers.append((*body, update(k, micro_batches - 1)))
-    return Schedule("1f1b", num_stages, tuple(workers), samples_per_iteration=micro_batches)
 
 
 class _Seconds(NamedTuple):

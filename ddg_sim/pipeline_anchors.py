@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import astuple, fields, replace
-from functools import cache
 from itertools import accumulate, combinations
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ddg_sim.convnets import cut_bytes, resnet101, stage_shares
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import cycle_time
 from ddg_sim.gpt import GptMachine, GptRun, calibrate
-from ddg_sim.schedule import Schedule, backward, forward, recompute, update
+from ddg_sim.synchronous import gpipe
 
 # --- torchgpipe -----------------------------------------------------------------------------------
 
@@ -106,24 +105,15 @@ def gpipe_period(chunks: int, table: Costs) -> float:
     Every further micro-batch adds the same once the pipeline is full, so a long schedule's period
     follows from two short ones (tests/test_anchors.py).
     """
-    stages = table.num_stages
-    short = 4 * stages
+
+    def period(m: int) -> float:
+        return cycle_time(gpipe(table.num_stages, m, replay=True), table).period
+
+    short = 4 * table.num_stages
     if chunks <= 2 * short:
-        return cycle_time(_gpipe(stages, chunks), table).period
-    first, second = (cycle_time(_gpipe(stages, m), table).period for m in (short, 2 * short))
+        return period(chunks)
+    first, second = period(short), period(2 * short)
     return first + (second - first) / short * (chunks - short)
-
-
-@cache
-def _gpipe(num_stages: int, micro_batches: int) -> Schedule:
-    """All forward passes, then all backward passes in reverse, each after its recomputation."""
-    workers = []
-    for k in range(num_stages):
-        body = [forward(k, sample) for sample in range(micro_batches)]
-        for sample in reversed(range(micro_batches)):
-            body += [recompute(k, sample), backward(k, sample)]
-        workers.append((*body, update(k, micro_batches - 1)))
-    return Schedule("gpipe", num_stages, tuple(workers), samples_per_iteration=micro_batches)
 
 
 # --- vTrain ---------------------------------------------------------------------------------------

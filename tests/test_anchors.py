@@ -22,10 +22,10 @@ from ddg_sim.convnets import Work, cifar_resnet, cut_bytes, resnet101, stage_sha
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import cycle_time
 from ddg_sim.ddg_anchors import Runs, resnet110_times, wide_resnet_times
-from ddg_sim.dependencies import validate
-from ddg_sim.gpt import FASTEST, GptMachine, GptRun, calibrate, closed_period, one_f_one_b
-from ddg_sim.pipeline_anchors import _gpipe, gpipe_period, torchgpipe
+from ddg_sim.gpt import FASTEST, GptMachine, GptRun, calibrate, closed_period
+from ddg_sim.pipeline_anchors import gpipe_period, torchgpipe
 from ddg_sim.schedule import Sync
+from ddg_sim.synchronous import gpipe
 
 DATA = Path(os.environ.get("DDG_ANCHORS", Path(__file__).parents[1].parent / "shared" / "anchors"))
 
@@ -82,26 +82,6 @@ def test_cuts_that_leave_a_stage_empty_are_refused(cuts):
 # --- schedules ------------------------------------------------------------------------------------
 
 
-@given(
-    stages=st.integers(1, 5),
-    micro_batches=st.integers(1, 9),
-    forward=st.floats(0.1, 5),
-    backward=st.floats(0.1, 5),
-)
-@settings(max_examples=40, deadline=None)
-def test_balanced_flush_pipelines_take_the_textbook_time(stages, micro_batches, forward, backward):
-    """(m + K - 1)(f + b), GPipe and 1F1B alike (Huang et al. 2019, Narayanan et al. 2021)."""
-    table = Costs((forward,) * stages, (backward,) * stages)
-    free = replace(table, recompute=(0.0,) * stages)
-    expected = (micro_batches + stages - 1) * (forward + backward)
-    one = one_f_one_b(stages, micro_batches)
-    validate(one)
-    assert cycle_time(one, table).period == pytest.approx(expected)
-    gpipe = _gpipe(stages, micro_batches)
-    validate(gpipe)
-    assert cycle_time(gpipe, free).period == pytest.approx(expected)
-
-
 seconds_of_a_stage = st.floats(0.1, 3)
 
 
@@ -120,7 +100,7 @@ def test_long_gpipe_periods_follow_from_short_ones(forward, transfer, beyond):
         gradient_transfer=links,
     )
     chunks = 8 * len(forward) + beyond
-    exact = cycle_time(_gpipe(len(forward), chunks), table).period
+    exact = cycle_time(gpipe(len(forward), chunks, replay=True), table).period
     assert gpipe_period(chunks, table) == pytest.approx(exact, rel=1e-9)
 
 
