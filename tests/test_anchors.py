@@ -134,9 +134,9 @@ def test_the_closed_form_of_the_fit_is_the_schedules_period(run):
 
 
 def test_costs_of_one_stage_by_hand():
-    """b=2, s=8, h=4, a=2, t=2, d=2, one layer: nothing but arithmetic."""
+    """b=2, s=8, h=4, a=2, t=2, d=4, one layer: nothing but arithmetic."""
     machine = GptMachine(1.0, 10.0, 100.0, 0.0, 1000.0, 7.0, 3.0, 5.0)
-    found = machine.costs(GptRun(4, 2, 4, 2, 1, 8, tensor=2, data=2, pipeline=1))
+    found = machine.costs(GptRun(8, 2, 4, 2, 1, 8, tensor=2, data=4, pipeline=1))
     operations = (24 * 2 * 8 * 16 + 4 * 2 * 64 * 4) / 2
     traffic = 2 * 2 * 8 * 4 * (10 + 6) + 12 * 2 * 2 * 64 / 2
     reduce = 2 * (2 * 1000 + 2 * 2 * 8 * 4 * 7)  # (t-1)/t = 1/2 of twice the bytes, two of them
@@ -145,7 +145,7 @@ def test_costs_of_one_stage_by_hand():
     assert found.forward == pytest.approx((compute + reduce + logits,))
     assert found.backward == pytest.approx((2 * compute + reduce + compute + reduce + 2 * logits,))
     parameters = (12 * 16 + 50257 * 4) / 2
-    assert found.update == pytest.approx((parameters * (5 + 2 * 7),))
+    assert found.update == pytest.approx((parameters * (5 + 1.5 * 2 * 7),))  # 2 (d-1)/d of 2 bytes
 
 
 def test_the_embedding_is_updated_on_the_outer_stages_only():
