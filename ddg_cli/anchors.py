@@ -86,7 +86,8 @@ def _predicted(comparisons: Sequence[Comparison]) -> str:
         return ""
     if len(comparisons) == 1:
         (only,) = comparisons
-        return f"{only.predicted:,.4g} {100 * only.error:+.1f}%{MARKS[only.role.value]}"
+        error = round(100 * only.error, 1) + 0.0  # no -0.0
+        return f"{only.predicted:,.4g} {error:+.1f}%{MARKS[only.role.value]}"
     mean = mean_error(comparisons)
     return "–" if mean is None else percent(mean)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ddg_sim.comparison import Anchor
 from ddg_sim.ddg_anchors import resnet56_times, resnet110_times, wide_resnet_times
-from ddg_sim.pipeline_anchors import torchgpipe, vtrain
+from ddg_sim.pipeline_anchors import pipedream_plans, torchgpipe, vtrain
 
 #: Per file, what is compared with it.
 ANCHORS: dict[str, tuple[Callable[[Path], Anchor], ...]] = {
@@ -18,6 +18,7 @@ ANCHORS: dict[str, tuple[Callable[[Path], Anchor], ...]] = {
     "ddg_resnet110_cifar10.csv": (resnet110_times,),
     "vtrain_a100_single_node.csv": (vtrain,),
     "torchgpipe_resnet101.csv": (torchgpipe,),
+    "pipedream_optimizer.csv": (pipedream_plans,),
 }
 
 

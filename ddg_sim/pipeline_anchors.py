@@ -1,4 +1,4 @@
-"""Published times of pipelines with a flush: torchgpipe's ResNet-101 and vTrain's GPT runs."""
+"""Published times of pipelines: torchgpipe's ResNet-101, vTrain's GPT runs, PipeDream's plans."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
+from ddg_sim.asynchronous import pipedream
 from ddg_sim.comparison import Anchor, Comparison, Role, number, read_rows
 from ddg_sim.convnets import cut_bytes, resnet101, stage_shares
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import cycle_time
 from ddg_sim.gpt import GptMachine, GptRun, calibrate
+from ddg_sim.layers import LayerGraph
+from ddg_sim.pipedream import read_graph
+from ddg_sim.pipedream_optimizer import PipeDreamPlan, pipedream_plan
 from ddg_sim.synchronous import gpipe
 
 # --- torchgpipe -----------------------------------------------------------------------------------
@@ -114,6 +118,66 @@ def gpipe_period(chunks: int, table: Costs) -> float:
         return period(chunks)
     first, second = period(short), period(2 * short)
     return first + (second - first) / short * (chunks - short)
+
+
+# --- PipeDream ------------------------------------------------------------------------------------
+
+PLAN = "the planner here"
+SIMULATED = "its schedule"
+
+
+def pipedream_plans(path: Path) -> Anchor:
+    """What PipeDream's optimizer prints for its measured profiles: seconds of the slowest stage.
+
+    The profiles lie beside the table, in pipedream/NAME.graph.txt.
+    """
+    found, longer = [], []
+    for row in read_rows(path):
+        name, straight = row.get("profile", ""), "--straight_pipeline" in row.get("extra", "")
+        column = "bandwidth_Bps"
+        bandwidth = number(path, {column: row.get(column, "").removesuffix("(default)")}, column)
+        machines, published = int(number(path, row, "n")), number(path, row, "stage_time_s")
+        graph = read_graph(path.parent / "pipedream" / f"{name}.graph.txt")
+        plan = pipedream_plan(graph, machines, bandwidth, straight=straight)
+        case = f"{name}, straight" if straight else name
+        found.append(Comparison(PLAN, case, case, published, plan.stage_time, Role.PREDICTION))
+        if all(stage.replicas == 1 for stage in plan.stages):
+            table = plan_costs(graph, plan, bandwidth)
+            bound = cycle_time(pipedream(len(plan.stages)), table)
+            found.append(Comparison(SIMULATED, case, case, published, bound.period, Role.APART))
+            if bound.period > 1.01 * published:
+                longer.append(f"{case}: {bound.explain()}.")
+    return Anchor(
+        path.name,
+        "PipeDream's optimizer on its own profiles",
+        "s per mini-batch",
+        PLAN,
+        tuple(found),
+        (
+            "Nothing here was measured on a pipeline: the first row says that this package's"
+            " planner, with PipeDream's assumptions, finds what PipeDream's own prints.",
+            "The second row is the period of PipeDream's schedule with the stages of that plan, for"
+            " plans without replicas. The plan's time is that of the slowest stage or link alone;"
+            " the schedule has too few mini-batches in flight to hide large messages.",
+            *longer,
+        ),
+    )
+
+
+def plan_costs(graph: LayerGraph, plan: PipeDreamPlan, bandwidth: float) -> Costs:
+    """Costs of a plan's stages; a link carries what later stages read, once."""
+    inside = [set(stage.layers) for stage in plan.stages]
+    messages = []
+    for place in range(1, len(inside)):
+        before, after = set().union(*inside[:place]), set().union(*inside[place:])
+        senders = {source for source, target in graph.edges if source in before and target in after}
+        messages.append(sum(graph.layers[layer].output_bytes for layer in senders) / bandwidth)
+    return Costs(
+        forward=tuple(sum(graph.layers[layer].forward for layer in own) for own in inside),
+        backward=tuple(sum(graph.layers[layer].backward for layer in own) for own in inside),
+        activation_transfer=tuple(messages),
+        gradient_transfer=tuple(messages),
+    )
 
 
 # --- vTrain ---------------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ from ddg_sim.costs import Costs
 from ddg_sim.cycletime import cycle_time
 from ddg_sim.ddg_anchors import Runs, resnet110_times, wide_resnet_times
 from ddg_sim.gpt import FASTEST, GptMachine, GptRun, calibrate, closed_period
-from ddg_sim.pipeline_anchors import gpipe_period, torchgpipe
+from ddg_sim.layers import Layer, LayerGraph
+from ddg_sim.pipedream_optimizer import PipeDreamPlan, PlanStage
+from ddg_sim.pipeline_anchors import gpipe_period, plan_costs, torchgpipe
 from ddg_sim.schedule import Sync
 from ddg_sim.synchronous import gpipe
 
@@ -102,6 +104,18 @@ def test_long_gpipe_periods_follow_from_short_ones(forward, transfer, beyond):
     chunks = 8 * len(forward) + beyond
     exact = cycle_time(gpipe(len(forward), chunks, replay=True), table).period
     assert gpipe_period(chunks, table) == pytest.approx(exact, rel=1e-9)
+
+
+def test_costs_of_a_plan_by_hand():
+    """Two branches from layer 0: its output crosses once, though both later layers read it."""
+    sizes = [(1.0, 2.0, 10), (3.0, 4.0, 20), (5.0, 6.0, 40)]
+    layers = tuple(Layer(f"l{n}", f, b, size, 1) for n, (f, b, size) in enumerate(sizes))
+    graph = LayerGraph(layers, ((0, 1), (0, 2), (1, 2)))
+    stages = tuple(PlanStage(n, n + 1, own, 0.0, 1) for n, own in enumerate([(0,), (1,), (2,)]))
+    found = plan_costs(graph, PipeDreamPlan(stages, 0.0, 0.0, 0.0), bandwidth=10.0)
+    assert found.forward == (1.0, 3.0, 5.0)
+    assert found.backward == (2.0, 4.0, 6.0)
+    assert found.activation_transfer == found.gradient_transfer == (1.0, 3.0)
 
 
 # --- the GPT model --------------------------------------------------------------------------------
@@ -243,6 +257,13 @@ def test_constants_are_found_from_their_row():
     assert three_equal_stages(published).seconds_per_byte_from(3) == pytest.approx(speed * 1e-4)
 
 
+def test_messages_are_those_of_the_whole_batch():
+    found = three_equal_stages({}).costs(3, ratio=3.0, seconds_per_byte=0.5)
+    assert found.activation_transfer == found.gradient_transfer == (128 * 10 * 0.5,) * 2
+    assert found.forward == pytest.approx((1.0,) * 3)
+    assert found.backward == pytest.approx((3.0,) * 3)
+
+
 def test_a_time_that_no_constant_explains_is_refused():
     with pytest.raises(ValueError, match="no constant between .* explains the published time on 2"):
         three_equal_stages({2: 13.0}).ratio_from(2)
@@ -294,6 +315,16 @@ def test_damaged_files_are_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         resnet110_times(file)
     assert str(file) in str(caught.value)
+
+
+def test_all_but_the_last_micro_batch_are_recomputed(tmp_path):
+    """On one GPU, by hand: F + B take 1/90 s a sample, F a third of that, half of them twice."""
+    file = tmp_path / "t.csv"
+    head = "experiment,n,m_chunks,batch,balance,checkpoint,throughput_samples_s\n"
+    file.write_text(head + "b,1,1,118,370,none,90\np,1,2,220,370,except_last,80\n")
+    base, recomputed = torchgpipe(file).of("P40 roofline")
+    assert (base.role, recomputed.role) == (Role.CALIBRATED, Role.APART)
+    assert recomputed.predicted == pytest.approx(90 / (1 + 1 / 6))
 
 
 def test_a_balance_that_is_not_the_network_is_refused(tmp_path):
@@ -383,6 +414,15 @@ def test_torchgpipe_is_predicted():
     counted = [found for found in anchor.of(anchor.headline) if found.role is Role.PREDICTION]
     assert [found.group for found in counted] == ["n=2", "n=4", "n=8"]
     assert max(abs(found.error) for found in counted) < 0.12
+
+
+def test_pipedreams_plans_are_reproduced():
+    anchor = ANCHORS["pipedream_optimizer.csv"][0](data("pipedream_optimizer.csv"))
+    planned, simulated = (anchor.of(variant) for variant in anchor.variants)
+    assert len(planned) == 5
+    assert max(abs(found.error) for found in planned) < 1e-4
+    assert {found.role for found in simulated} == {Role.APART}
+    assert min(found.error for found in simulated) > -1e-4  # no schedule beats its slowest stage
 
 
 def test_every_file_that_is_there_is_read():
