@@ -146,7 +146,7 @@ def _headline(runs: Runs) -> str:
 CHOICE = (
     "One number is calibrated: seconds of a backward pass for each of the forward pass. It comes"
     " from the row with the most GPUs, where it has the most leverage; the rows below it show what"
-    " the other choices give."
+    " the other choices give, and that one was made with them in sight."
 )
 BARRIER = (
     "Only the barrier (T_F + max_k B_k, the paper's cost model) comes near; all rows assume it but"
