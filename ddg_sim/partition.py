@@ -180,7 +180,7 @@ class _Network:
         before[:, 1:] = np.cumsum(np.array(measured, dtype=float).T, axis=1)
         crossing = _crossing(graph)
         self.basis = np.zeros((links, 6, layers + 1))
-        self.basis[:, : TRANSFER] = before
+        self.basis[:, :TRANSFER] = before
         self.basis[:, CROSSING] = crossing
         delays = _values("latency", latency, links, least=0.0)
         rates = _values("bandwidth", bandwidth, links)

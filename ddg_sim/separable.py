@@ -369,7 +369,9 @@ def minimise(
         take too long, the best that was found, with a lower bound that is less than its value.
     """
     best, cuts = value_of(start), start
-    lower = floor = level = problem.lower_bound()  # nothing is below lower; or was found below floor
+    lower = floor = level = (
+        problem.lower_bound()
+    )  # nothing is below lower; or was found below floor
     while best - floor > TOLERANCE * best:
         known = len(problem.rows)
         try:
