@@ -276,8 +276,8 @@ def memory(schedule: Schedule) -> tuple[StageMemory, ...]:
         behind = -(template.sample // schedule.samples_per_iteration) + template.version_lag
         oldest[template.stage] = max(oldest[template.stage], behind)
     for worker, body in enumerate(schedule.workers):
-        # What is read was produced one delay ago, and is used one delay later at most.
-        iterations = 2 * max(oldest[template.stage] for template in body) + 2
+        # What is read was produced a delay ago and is used a delay later: so it is in the middle.
+        iterations = 3 * max(oldest[template.stage] for template in body) + 2
         mine: dict[int, list[Op]] = {template.stage: [] for template in body}
         for op in schedule.program(worker, iterations, drain=False):
             mine[op.stage].append(op)

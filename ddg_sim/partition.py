@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import CycleTime, cycle_time
-from ddg_sim.dependencies import template_at
-from ddg_sim.eventgraph import Event
+from ddg_sim.dependencies import Relation
+from ddg_sim.eventgraph import Event, event_graph
 from ddg_sim.layers import LayerGraph
 from ddg_sim.lowering import memory
+from ddg_sim.network import FREE, Network
 from ddg_sim.schedule import Activations, OpKind, Schedule
 from ddg_sim.separable import Array, Cuts, Minimum, Row, minimise
 
@@ -75,6 +75,11 @@ def partition(
     capacities: float | Iterable[float] = math.inf,
     optimizer_state: float = 1.0,
     barrier: float = 0.0,
+    all_reduce_latency: float | Iterable[float] = 0.0,
+    all_reduce_rate: float | Iterable[float] = 0.0,
+    overhead: float = 0.0,
+    message: float = 0.0,
+    network: Network = FREE,
 ) -> Partition:
     """Cut a network into contiguous stages with the least period of this schedule.
 
@@ -97,6 +102,11 @@ def partition(
         optimizer_state: bytes of gradients and optimizer state per byte of parameters: 1 for
             plain SGD (the gradient), 2 with momentum, 3 for Adam.
         barrier: seconds from the last worker's coming to a barrier until all go on.
+        all_reduce_latency: seconds of an all-reduce whatever its size, one number or per stage.
+        all_reduce_rate: its seconds per byte of parameters, likewise.
+        overhead: host seconds that every operation costs on top.
+        message: host seconds that an operation spends on each message it sends or receives.
+        network: how messages travel; it has no buses.
 
     Raises:
         DoesNotFitError: naming a device, what it needs and has, if nothing fits.
@@ -116,36 +126,46 @@ def partition(
     ...
     ddg_sim.partition.DoesNotFitError: does not fit: stage 1 needs 394 B of 300 B, ...
     """
-    network = _Network(graph, schedule, speeds, latency, bandwidth, barrier)
-    held = network.memory_rows(optimizer_state)
+    fixed = Costs(
+        (0.0,) * schedule.num_stages,
+        (0.0,) * schedule.num_stages,
+        overhead=(overhead,) * schedule.num_stages,
+        message=(message,) * schedule.num_stages,
+        all_reduce=tuple(_values("all_reduce_latency", all_reduce_latency, schedule.num_stages, 0)),
+        barrier=barrier,
+        network=network,
+    )
+    rates = _values("all_reduce_rate", all_reduce_rate, schedule.num_stages, least=0.0)
+    model = _Network(graph, schedule, speeds, latency, bandwidth, fixed, rates)
+    held = model.memory_rows(optimizer_state)
     sizes = _values("capacities", capacities, len(schedule.workers))
-    problem = Cuts(network.basis)
+    problem = Cuts(model.basis)
     for row, size in zip(held, sizes, strict=True):
         if math.isfinite(size):
             problem.add(Row(row.coefficients, row.const, rate=0.0, limit=size))
-    start = network.even_cuts()
+    start = model.even_cuts()
     if not problem.within_limits(start):
         found = problem.earliest(0.0)  # only the limits are there yet
         if found is None:
-            raise DoesNotFitError(_misfit(network, held, sizes))
+            raise DoesNotFitError(_misfit(model, held, sizes))
         start = found
     for worker in range(len(schedule.workers)):
-        problem.add(network.own_loop(worker))
+        problem.add(model.own_loop(worker))
 
     def period(cuts: tuple[int, ...]) -> float:
-        bound = cycle_time(schedule, network.costs(cuts))
+        bound = cycle_time(schedule, model.costs(cuts))
         if bound.period > problem.level(cuts):
-            problem.add(network.cycle_row(bound.cycle, bound.tokens))
+            problem.add(model.cycle_row(bound.cycle, bound.tokens))
         return bound.period
 
     best = minimise(problem, period, start)
-    costs = network.costs(best.cuts)
+    costs = model.costs(best.cuts)
     return Partition(
         best.cuts,
         costs,
         cycle_time(schedule, costs),
         best.lower_bound,
-        tuple(network.value(row, best.cuts) for row in held),
+        tuple(model.value(row, best.cuts) for row in held),
     )
 
 
@@ -159,7 +179,8 @@ class _Network:
         speeds: float | Iterable[float],
         latency: float | Iterable[float],
         bandwidth: float | Iterable[float],
-        barrier: float,
+        fixed: Costs,
+        all_reduce_rate: Sequence[float],
     ) -> None:
         layers, stages = len(graph.layers), schedule.num_stages
         if layers < stages:
@@ -170,7 +191,8 @@ class _Network:
         per_worker = _values("speeds", speeds, len(schedule.workers))
         links = stages - 1
         self.schedule = schedule
-        self.barrier = barrier
+        self.fixed = fixed  # what does not depend on the cuts
+        self.all_reduce_rate = np.array(all_reduce_rate)
         self.speed = np.array([per_worker[schedule.worker_of(k)] for k in range(stages)])
         measured = [
             (layer.forward, layer.backward, layer.parameter_bytes, layer.output_bytes)
@@ -192,14 +214,18 @@ class _Network:
     def costs(self, cuts: tuple[int, ...]) -> Costs:
         """Seconds of the stages and links that these cuts make."""
         bounds = np.array([0, *cuts, self.before.shape[1] - 1])
-        forward, backward = np.diff(self.before[:2, bounds], axis=1) / self.speed
+        sums = np.diff(self.before[:3, bounds], axis=1)
+        forward, backward = sums[:2] / self.speed
+        all_reduce = sums[PARAMETERS] * self.all_reduce_rate + self.fixed.all_reduce
         transfer = tuple(float(self.basis[link, TRANSFER, cut]) for link, cut in enumerate(cuts))
-        return Costs(
+        return replace(
+            self.fixed,
             forward=tuple(map(float, forward)),
             backward=tuple(map(float, backward)),
+            recompute=tuple(map(float, forward)),
+            all_reduce=tuple(map(float, all_reduce)),
             activation_transfer=transfer,
             gradient_transfer=transfer,
-            barrier=self.barrier,
         )
 
     def even_cuts(self) -> tuple[int, ...]:
@@ -215,10 +241,9 @@ class _Network:
 
     def own_loop(self, worker: int) -> Row:
         """A worker runs its loop body once per iteration."""
-        per_stage = np.zeros((len(self.speed), 6))
-        for template in self.schedule.workers[worker]:
-            self._count(per_stage, template.kind, template.stage)
-        return self._row(per_stage, np.zeros((len(self.speed) - 1, 6)), 0.0, rate=1.0)
+        events = event_graph(self.schedule, self.fixed.network).events
+        own = [event for event in events if event.node is not None and event.node.worker == worker]
+        return self.cycle_row(own, tokens=1)
 
     def cycle_row(self, cycle: Sequence[Event], tokens: int) -> Row:
         """The seconds of a cycle as a function of the cuts, at most the period times its tokens."""
@@ -226,15 +251,11 @@ class _Network:
         per_cut = np.zeros((len(self.speed) - 1, 6))
         const = 0.0
         for event in cycle:
-            if event.node is not None:
-                template = template_at(self.schedule, event.node)
-                self._count(per_stage, template.kind, template.stage)
-            elif event.message is not None:
-                ends = (event.message.source, event.message.consumer)
-                link = min(template_at(self.schedule, node).stage for node in ends)
-                per_cut[link, TRANSFER] += 1
-            else:
-                const += event.duration
+            const += event.seconds(self.fixed)
+            if event.template is not None:
+                self._count(per_stage, event.template.kind, event.template.stage)
+            elif event.message is not None and event.ends[0] != event.ends[1]:
+                per_cut[min(event.ends), TRANSFER] += event.message.relation in _TRAVELS
         return self._row(per_stage, per_cut, const, rate=float(tokens))
 
     def memory_rows(self, optimizer_state: float) -> list[Row]:
@@ -263,6 +284,8 @@ class _Network:
         """Add one operation: which share of its stage's forward and backward seconds it takes."""
         for column, unit in ((FORWARD, _UNIT_FORWARD), (BACKWARD, _UNIT_BACKWARD)):
             per_stage[stage, column] += unit.duration(kind, 0)
+        if kind is OpKind.ALL_REDUCE:
+            per_stage[stage, PARAMETERS] += self.all_reduce_rate[stage]
 
     def _row(self, per_stage: Array, per_cut: Array, const: float, rate: float) -> Row:
         """A stage's share is what lies before the cut after it, minus what lies before its own."""
@@ -272,6 +295,8 @@ class _Network:
         return Row(coefficients, const + float(per_stage[-1] @ self.totals), rate)
 
 
+#: What takes time on a link.
+_TRAVELS = (Relation.ACTIVATION, Relation.GRADIENT)
 _UNIT_FORWARD = Costs(forward=(1.0,), backward=(0.0,))
 _UNIT_BACKWARD = Costs(forward=(0.0,), backward=(1.0,))
 

@@ -346,8 +346,8 @@ class Minimum:
 
     @property
     def exact(self) -> bool:
-        """Whether value and bound agree, to `TOLERANCE`."""
-        return self.value <= self.lower_bound * (1 + 2 * TOLERANCE)
+        """Whether value and bound agree, to a few `TOLERANCE`."""
+        return self.value <= self.lower_bound * (1 + 5 * TOLERANCE)
 
 
 def minimise(
@@ -372,7 +372,7 @@ def minimise(
     lower = floor = level = (
         problem.lower_bound()
     )  # nothing is below lower; or was found below floor
-    while best - floor > TOLERANCE * best:
+    while best - floor > 2 * TOLERANCE * best:
         known = len(problem.rows)
         try:
             found = problem.earliest(level, QUICK_LABELS)
