@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ddg_cli import demo, plan, simulate, training, verify
+from ddg_cli import anchors, demo, plan, simulate, training, verify
 from ddg_cli.output import ERRORS, print_line
 
 # Typer's own base class of wrong usage has no public name.
@@ -49,6 +49,7 @@ app.command("verify")(verify.verify)
 app.command("profile")(training.profile)
 app.command("train")(training.train)
 app.command("validate")(training.validate)
+app.command("anchors")(anchors.anchors)
 app.command("demo")(demo.demo)
 
 

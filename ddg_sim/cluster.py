@@ -332,7 +332,14 @@ def place(schedule: Schedule, cluster: Cluster | None = None) -> Placement:
     if cluster is None:
         free, none = (math.inf,) * (stages - 1), (0.0,) * stages
         return Placement(
-            needed, (1.0,) * workers, (math.inf,) * workers, none[1:], free, none, none
+            needed,
+            (1.0,) * workers,
+            (math.inf,) * workers,
+            none[1:],
+            free,
+            none,
+            none,
+            queue=schedule.queue,
         )
     if needed > len(cluster.names):
         raise TooFewDevicesError(

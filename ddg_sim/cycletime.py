@@ -11,7 +11,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from ddg_sim.eventgraph import (
     Arc,
     Event,
     EventGraph,
+    Integers,
     check_stages,
     event_graph,
     existence,
@@ -29,9 +29,14 @@ from ddg_sim.eventgraph import (
     unroll,
 )
 from ddg_sim.explain import explain_cycle
-from ddg_sim.schedule import OpKind, Schedule
+from ddg_sim.schedule import OpKind, Schedule, ScheduleError
 from ddg_sim.timeline import Timeline, columns
 from ddg_sim.times import Array
+
+#: Periods and times that differ by less than this fraction count as equal.
+ROUNDING = 1e-13
+#: Policy iteration needs some ten turns; this many mean that something is wrong.
+MOST_TURNS = 10_000
 
 
 def evaluate(
@@ -227,16 +232,18 @@ class CycleTime:
 def cycle_time(schedule: Schedule, costs: Costs) -> CycleTime:
     """Compute the exact steady-state period, with mean times, and what bounds it.
 
+    Howard's policy iteration (Cochet-Terrasson, Cohen, Gaubert, McGettrick, Quadrat 1998): every
+    event holds on to one of those that it waits for; the cycles that result give a ratio and, at
+    that ratio, every event a time; events change their mind while that makes them later. It ends
+    with a cycle that no other beats by more than rounding. Where a worker's own loop body is
+    critical too, that one is reported: it is the easiest to act on.
+
     Where times vary, the expected period is at least this one (Jensen's inequality: the recursion
     is convex in the times); `replicate` estimates it.
 
-    Newton's iteration on the ratio (Dinkelbach 1967): as long as some cycle beats the best ratio so
-    far, take that cycle's. Bellman and Ford's algorithm finds the cycles, in integer arithmetic, so
-    that no tolerance is needed and the cycle it ends with is critical. If a worker's own loop body
-    is critical too, that one is reported: it is the easiest to act on.
-
     Raises:
-        ValueError: if the costs are for another number of stages.
+        ScheduleError: if a cycle never gets going (a deadlock, by a blocking network).
+        ValueError: if the costs are for another number of stages, or their network has buses.
 
     >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
@@ -245,21 +252,24 @@ def cycle_time(schedule: Schedule, costs: Costs) -> CycleTime:
     """
     check_stages(schedule, costs)
     graph = event_graph(schedule, costs.network)
-    weights = [Fraction(event.seconds(costs)) for event in graph.events]
-    cycle = max(_own_loops(graph), key=lambda loop: _ratio(weights, loop))
-    while better := _better_cycle(graph, weights, cycle):
-        cycle = better
-    ratio = _ratio(weights, cycle)
-    order = [arc.source for arc in cycle]
-    first = min(range(len(order)), key=lambda place: _rank(schedule, graph.events[order[place]]))
-    order = order[first:] + order[:first]
+    seconds = np.array([event.seconds(costs) for event in graph.events])
+    cycle = critical_cycle(graph, seconds)
+    best = _ratio(graph, seconds, cycle)
+    for loop in _own_loops(graph):
+        if _ratio(graph, seconds, loop) >= best * (1 - ROUNDING):
+            cycle = loop
+            break
+    events = [graph.events[arc.source] for arc in cycle]
+    first = min(range(len(cycle)), key=lambda place: _rank(schedule, events[place]))
+    order = [arc.source for arc in cycle[first:] + cycle[:first]]
+    whole, tokens = math.fsum(seconds[order]), sum(arc.tokens for arc in cycle)
     return CycleTime(
         schedule,
-        float(ratio),
-        float(sum((weights[index] for index in order), Fraction(0))),
-        sum(arc.tokens for arc in cycle),
+        whole / tokens,
+        whole,
+        tokens,
         tuple(graph.events[index] for index in order),
-        tuple(float(weights[index]) for index in order),
+        tuple(float(seconds[index]) for index in order),
     )
 
 
@@ -280,53 +290,83 @@ def _own_loops(graph: EventGraph) -> list[list[Arc]]:
     return list(loops.values())
 
 
-def _ratio(weights: list[Fraction], cycle: list[Arc]) -> Fraction:
-    seconds = sum((weights[arc.source] for arc in cycle), Fraction(0))
-    return seconds / sum(arc.tokens for arc in cycle)
+def _ratio(graph: EventGraph, seconds: Array, cycle: list[Arc]) -> float:
+    return math.fsum(seconds[[arc.source for arc in cycle]]) / sum(arc.tokens for arc in cycle)
 
 
-def _better_cycle(graph: EventGraph, weights: list[Fraction], cycle: list[Arc]) -> list[Arc] | None:
-    """A cycle with a larger ratio of seconds to tokens, or None if there is none.
+def critical_cycle(graph: EventGraph, seconds: Array) -> list[Arc]:
+    """A cycle with the largest ratio of seconds to tokens, to rounding; see `cycle_time`.
 
-    An arc counts its source's seconds minus the ratio for each token; a cycle with a positive sum
-    is better. Longest paths that never settle run into such a cycle.
+    Args:
+        graph: a schedule's events; each event waits for some other.
+        seconds: shape (events,), their durations.
+
+    Raises:
+        ScheduleError: if a cycle without tokens takes time (a deadlock).
+
+    >>> from ddg_sim.methods import bp
+    >>> cycle = critical_cycle(event_graph(bp(1)), np.array([1.0, 2.0, 0.5]))
+    >>> sum(arc.tokens for arc in cycle), len(cycle)
+    (1, 3)
     """
-    ratio = _ratio(weights, cycle)
-    scale = math.lcm(ratio.denominator, *(weight.denominator for weight in weights))
-    each = int(ratio * scale)
-    lengths = [
-        (arc, arc.source, arc.target, int(weights[arc.source] * scale) - each * arc.tokens)
-        for arc in graph.arcs
-    ]
-    longest = [0] * len(graph.events)
-    because: dict[int, Arc] = {}
-    while True:
-        settled = True
-        for arc, source, target, length in lengths:
-            reached = longest[source] + length
-            if reached > longest[target]:
-                longest[target] = reached
-                because[target] = arc
-                settled = False
-        if settled:
-            return None
-        found = _cycles(because)
-        if found:
-            return max(found, key=lambda cycle: _ratio(weights, cycle))
+    source, target, tokens = graph.columns
+    first = np.searchsorted(target, np.arange(len(seconds)))  # each event's first arc in
+    slack = ROUNDING * max(float(seconds.sum()), np.finfo(float).tiny)
+    policy = first.copy()
+    for _ in range(MOST_TURNS):
+        ratio, time, cycle = _follow(source, tokens, seconds, policy)
+        # First towards larger ratios; only where there are none, towards later times.
+        reached = ratio[source]
+        if not _improve(policy, first, target, reached, ratio, slack):
+            reached = time[source] + seconds[source] - ratio[target] * tokens
+            if not _improve(policy, first, target, reached, time, slack):
+                break
+    return [Arc(int(source[arc]), int(target[arc]), int(tokens[arc])) for arc in reversed(cycle)]
 
 
-def _cycles(because: dict[int, Arc]) -> list[list[Arc]]:
-    """All cycles of a graph in which no event has more than one arc in."""
-    cycles = []
-    visited: dict[int, int] = {}
-    for walk, start in enumerate(because):
-        event = start
-        while event in because and event not in visited:
-            visited[event] = walk
-            event = because[event].source
-        if visited.get(event) == walk and event in because:
-            cycle = [because[event]]
-            while cycle[-1].source != event:
-                cycle.append(because[cycle[-1].source])
-            cycles.append(cycle[::-1])
-    return cycles
+def _improve(
+    policy: Integers, first: Integers, target: Integers, reached: Array, now: Array, slack: float
+) -> bool:
+    """Hold on to the arc that reaches most, where that is more than now; whether any does."""
+    best = np.maximum.reduceat(reached, first)
+    better = best > now + slack
+    if not better.any():
+        return False
+    attains = np.flatnonzero((reached == best[target]) & better[target])
+    policy[target[attains]] = attains
+    return True
+
+
+def _follow(
+    source: Integers, tokens: Integers, seconds: Array, policy: Integers
+) -> tuple[Array, Array, list[int]]:
+    """Per event the ratio of the cycle that it hangs on, its time then; the best cycle's arcs."""
+    before, spans = source[policy].tolist(), tokens[policy].tolist()
+    size = len(before)
+    ratio, time = [math.nan] * size, [0.0] * size
+    best, best_ratio = [0], -math.inf
+    state = [0] * size  # 0 not seen, 1 on the present walk, 2 known
+    for start in range(size):
+        walk, event = [], start
+        while state[event] == 0:
+            state[event] = 1
+            walk.append(event)
+            event = before[event]
+        if state[event] == 1:  # a new cycle: the walk from its first visit of this event on
+            cycle = walk[walk.index(event) :]
+            whole = math.fsum(seconds[before[member]] for member in cycle)
+            span = sum(spans[member] for member in cycle)
+            if span <= 0:
+                raise ScheduleError("deadlock: a cycle of operations waits for itself")
+            ratio[event], time[event], state[event] = whole / span, 0.0, 2
+            if ratio[event] > best_ratio:
+                best, best_ratio = [int(policy[member]) for member in cycle], ratio[event]
+        for member in reversed(walk):
+            if state[member] == 1:
+                source_event = before[member]
+                ratio[member] = ratio[source_event]
+                time[member] = (
+                    time[source_event] + seconds[source_event] - ratio[member] * spans[member]
+                )
+                state[member] = 2
+    return np.array(ratio), np.array(time), best

@@ -11,8 +11,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from graphlib import CycleError, TopologicalSorter
+
+import numpy as np
+import numpy.typing as npt
 
 from ddg_sim.costs import Costs
 from ddg_sim.dependencies import (
@@ -26,6 +29,8 @@ from ddg_sim.dependencies import (
 from ddg_sim.network import FREE, Network
 from ddg_sim.schedule import OpTemplate, Schedule, ScheduleError
 from ddg_sim.times import mean
+
+Integers = npt.NDArray[np.int_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +78,20 @@ class Arc:
     data: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class EventGraph:
     """The events of a schedule and its arcs; arcs refer to events by index."""
 
     schedule: Schedule
     events: tuple[Event, ...]
     arcs: tuple[Arc, ...]
+
+    @cached_property
+    def columns(self) -> tuple[Integers, Integers, Integers]:
+        """Source, target and tokens of the arcs, sorted by target."""
+        table = np.array([(arc.source, arc.target, arc.tokens) for arc in self.arcs], dtype=int)
+        table = table[np.argsort(table[:, 1], kind="stable")]
+        return table[:, 0], table[:, 1], table[:, 2]
 
 
 @lru_cache(maxsize=256)  # many costs are tried on few schedules

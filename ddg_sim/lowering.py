@@ -23,7 +23,7 @@ from ddg_sim.dependencies import (
 )
 from ddg_sim.rings import ring_slots
 from ddg_sim.rule import Activations, Rule
-from ddg_sim.schedule import Op, OpKind, OpTemplate, Schedule, steady_iterations
+from ddg_sim.schedule import Op, OpKind, OpTemplate, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,27 +237,30 @@ def stage_memory(ops: Iterable[Op], rule: Rule) -> StageMemory:
     last_read = {op.version: index for index, op in enumerate(ops) if op.kind in _READS}
     keeps = rule.activations in (Activations.GRAPH, Activations.INPUT)
     live: set[int] = set()
-    held, newest = {0}, 0
+    newest, held = 0, 1
     activations = versions = 0
     for index, op in enumerate(ops):
         if op.kind is OpKind.FORWARD:
-            live = {*live, op.sample} if keeps else {op.sample}
+            if not keeps:
+                live.clear()
+            live.add(op.sample)
         elif op.kind is OpKind.UPDATE:
+            # The one that is overtaken stays only if something still reads it.
+            held += last_read.get(newest, -1) >= index
             newest = op.version
-            held.add(newest)
-        held = {
-            version for version in held if last_read.get(version, -1) >= index or version == newest
-        }
         activations = max(activations, len(live))
-        versions = max(versions, len(held))
+        versions = max(versions, held)
         if op.kind in (OpKind.BACKWARD, OpKind.BACKWARD_WEIGHT):
             live.discard(op.sample)
+        if op.kind in _READS and op.version != newest and last_read[op.version] == index:
+            held -= 1
     return StageMemory(activations, versions)
 
 
 _READS = frozenset(OpKind) - {OpKind.UPDATE, OpKind.ALL_REDUCE}
 
 
+@lru_cache(maxsize=256)
 def memory(schedule: Schedule) -> tuple[StageMemory, ...]:
     """Peak live activations and weight versions per stage, in steady state.
 
@@ -268,9 +271,15 @@ def memory(schedule: Schedule) -> tuple[StageMemory, ...]:
     [(1, 1), (1, 1)]
     """
     programs: list[list[list[Op]]] = [[] for _ in range(schedule.num_stages)]  # stage, worker
+    oldest = [0] * schedule.num_stages  # how far back, in iterations, a stage's operations reach
+    for template in schedule.templates():
+        behind = -(template.sample // schedule.samples_per_iteration) + template.version_lag
+        oldest[template.stage] = max(oldest[template.stage], behind)
     for worker, body in enumerate(schedule.workers):
+        # What is read was produced a delay ago and is used a delay later: so it is in the middle.
+        iterations = 3 * max(oldest[template.stage] for template in body) + 2
         mine: dict[int, list[Op]] = {template.stage: [] for template in body}
-        for op in schedule.program(worker, steady_iterations(schedule)):
+        for op in schedule.program(worker, iterations, drain=False):
             mine[op.stage].append(op)
         for stage, ops in mine.items():
             programs[stage].append(ops)

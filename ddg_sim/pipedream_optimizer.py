@@ -241,9 +241,7 @@ def _tables(
     return best, chosen
 
 
-def _stages(
-    states: _States, chosen: npt.NDArray[np.intp], machines: int
-) -> tuple[PlanStage, ...]:
+def _stages(states: _States, chosen: npt.NDArray[np.intp], machines: int) -> tuple[PlanStage, ...]:
     stages: list[PlanStage] = []
     state, number = len(states.sets) - 1, machines - 1
     while state >= 0:

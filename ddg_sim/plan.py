@@ -43,9 +43,9 @@ class Row:
         period: seconds per update.
         throughput: samples per second; batches of the profile, where its size is not known.
         over_bp: speedup over backpropagation on as many devices as one replica has, with the same
-            batch; None where that is impossible, or nothing takes any time.
-        over_dp: speedup over plain data parallelism on as many devices; None where that cannot
-            split the batch, or nothing joins the devices.
+            batch; None where that is impossible, this does not fit, or nothing takes any time.
+        over_dp: speedup over plain data parallelism on as many devices; likewise, and None where
+            the batch has fewer samples than there are devices.
         bp_fits: whether that backpropagation fits into memory.
         dp_fits: whether that data parallelism does.
         staleness: per stage, in updates.
@@ -291,8 +291,7 @@ def _row(point: _Point, found: dict[tuple[Schedule, float], Outcome | None]) -> 
     assert mine is not None
     bp, dp = (found[_anonymous(x), point.factor] for x in _baselines(schedule))
     devices = len(schedule.workers) * schedule.replicas
-    if point.batch_size is not None and point.batch_size < devices:
-        dp = None
+    enough = point.batch_size is None or point.batch_size >= devices  # samples for all
     period = float(mine.periods.mean())
     samples = point.factor if point.batch_size is None else point.batch_size
     return Row(
@@ -303,7 +302,7 @@ def _row(point: _Point, found: dict[tuple[Schedule, float], Outcome | None]) -> 
         period=estimate(mine.periods) if len(mine.periods) > 1 else exactly(period),
         throughput=samples / period if period > 0 else math.inf,
         over_bp=_speedup(bp, mine),
-        over_dp=_speedup(dp, mine),
+        over_dp=_speedup(dp, mine) if enough else None,
         bp_fits=bp is not None and bp.missing is None,
         dp_fits=dp is not None and dp.missing is None,
         staleness=staleness(schedule),
@@ -316,7 +315,7 @@ def _row(point: _Point, found: dict[tuple[Schedule, float], Outcome | None]) -> 
 
 
 def _speedup(before: Outcome | None, after: Outcome) -> Estimate | None:
-    if before is None or not after.periods.any():
+    if before is None or after.missing is not None or not after.periods.any():
         return None
     # Run r of both met the same luck.
     count = min(len(before.periods), len(after.periods))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ddg_sim.files import replacing
 from ddg_sim.plan import Row
+from ddg_sim.replicate import Estimate
 from ddg_sim.timeline import Span, Timeline
 
 SUFFIXES = (".png", ".svg")
@@ -217,6 +219,7 @@ def _panel(axis: Axes, spans: Sequence[Span], scale: float, longest: float) -> N
 
 CURVES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*<>"
+STROKES = ("-", "--", ":", "-.")
 CELL = 0.42  # inches
 
 
@@ -244,7 +247,7 @@ def speedup_curves(rows: Sequence[Row], path: str | Path) -> None:
 
 
 def heat_maps(rows: Sequence[Row], path: str | Path) -> None:
-    """Draw speedup over backpropagation by stages and method, and by batch where it varies.
+    """Draw speedup over backpropagation by devices and method, and by batch where it varies.
 
     A cell holds the fastest of the points that share it. Crossed out is what does not fit into
     memory, empty what was left out.
@@ -286,109 +289,96 @@ def _title(row: Row) -> str:
     return row.schedule.method + (f" ({sync})" if sync != "none" else "")
 
 
-def _speedup(row: Row) -> float:
-    return row.over_bp.value if row.over_bp is not None else 0.0
-
-
 def _curves(axis: Axes, rows: Sequence[Row]) -> None:
-    best: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        found = best.setdefault(_title(row), {})
-        if (
-            row.fits
-            and row.over_bp
-            and (row.devices not in found or _speedup(row) > _speedup(found[row.devices]))
-        ):
-            found[row.devices] = row
+    curves: dict[str, dict[int, Estimate]] = {}
+    for row in rows:  # the fastest come first
+        if row.fits and row.over_bp is not None:
+            curves.setdefault(_title(row), {}).setdefault(row.devices, row.over_bp)
+    same: dict[tuple[tuple[int, str], ...], list[str]] = {}
+    for name, curve in sorted(curves.items()):
+        drawn = tuple((count, f"{curve[count].value:.3g}") for count in sorted(curve))
+        same.setdefault(drawn, []).append(name)
     most = max(row.devices for row in rows)
     highest = 1.0
-    for index, (name, points) in enumerate(sorted(best.items())):
-        devices = sorted(points)
-        speedups = [_speedup(points[count]) for count in devices]
+    for index, names in enumerate(same.values()):
+        curve = curves[names[0]]
+        devices = sorted(curve)
+        speedups = [curve[count].value for count in devices]
         highest = max(highest, *speedups)
+        colour = CURVES[index % len(CURVES)]
         axis.plot(
             devices,
             speedups,
-            color=CURVES[index % len(CURVES)],
-            marker=MARKERS[index // len(CURVES) + index % len(CURVES) - len(MARKERS)],
+            color=colour,
+            marker=MARKERS[index % len(MARKERS)],
             markersize=5,
-            linestyle=("-", "--", ":", "-.")[index // len(CURVES) % 4],
-            label=name,
+            linestyle=STROKES[index // len(CURVES) % len(STROKES)],
+            label="\n".join(wrap(", ".join(names), 30)),
         )
-        low = [points[count].over_bp.low for count in devices if points[count].over_bp]
-        high = [points[count].over_bp.high for count in devices if points[count].over_bp]
-        if low != high:
-            colour = CURVES[index % len(CURVES)]
-            axis.fill_between(devices, low, high, color=colour, alpha=0.2, linewidth=0)
-    axis.plot([1, most], [1, most], color="#888888", linewidth=1, linestyle=(0, (6, 4)))
-    end = min(float(most), 1.08 * highest)
-    axis.annotate(
-        "ideal",
-        (end, end),
-        xytext=(-4, 0),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        color="#666666",
-        fontsize=9,
-    )
+        if any(curve[count].runs for count in devices):
+            ends = [(curve[count].low, curve[count].high) for count in devices]
+            axis.fill_between(devices, *zip(*ends, strict=True), color=colour, alpha=0.2, lw=0)
+    ideal = {"color": "#888888", "linewidth": 1, "linestyle": (0, (6, 4)), "zorder": 1}
+    axis.plot([1, most], [1, most], label="ideal", **ideal)
     axis.set(xlabel="devices", ylabel="speedup over backpropagation", ylim=(0, 1.1 * highest))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
-    axis.set_title("best of all batches, micro-batches and replicas", loc="left", fontsize=10)
+    axis.set_title("fastest of what fits, by number of devices", loc="left", fontsize=10)
 
 
 def _heat_axes(rows: Sequence[Row]) -> tuple[list[str], list[str], list[int]]:
-    """Panels, rows of a panel and stages: a panel per method where the batch varies, else one."""
-    names = list(dict.fromkeys(map(_title, sorted(rows, key=_title))))
+    """Panels, lines and columns: a panel per method where the batch varies, else one for all."""
+    names = sorted({_title(row) for row in rows})
     batches = [str(size) for size in sorted({row.batch_size or 0 for row in rows})]
-    stages = sorted({row.schedule.num_stages for row in rows})
-    return (names, batches, stages) if len(batches) > 1 else ([""], names, stages)
+    devices = sorted({row.devices for row in rows})
+    return (names, batches, devices) if len(batches) > 1 else ([""], names, devices)
 
 
 def _heat_size(rows: Sequence[Row]) -> tuple[float, float]:
-    panels, lines, stages = _heat_axes(rows)
+    panels, lines, devices = _heat_axes(rows)
     across = min(3, len(panels))
-    width = across * (1.2 + CELL * 1.4 * max(3, len(stages))) + 1.0
-    return width, -(-len(panels) // across) * (0.7 + CELL * len(lines)) + 0.8
+    width = across * (0.6 + CELL * max(3, len(devices))) + 2.5
+    return width, -(-len(panels) // across) * (0.5 + 0.7 * CELL * len(lines)) + 0.8
 
 
 def _heat_panels(figure: Figure | SubFigure, rows: Sequence[Row]) -> None:
-    panels, lines, stages = _heat_axes(rows)
+    panels, lines, devices = _heat_axes(rows)
     several = len(panels) > 1
-    table = np.full((len(panels), len(lines), len(stages)), np.nan)
-    fits = np.zeros(table.shape, dtype=bool)
-    for row in sorted(rows, key=lambda row: (row.fits, row.throughput)):  # the best comes last
+    table = np.full((len(panels), len(lines), len(devices)), np.nan)
+    present = np.zeros(table.shape, dtype=bool)
+    for row in rows:  # the fastest come first
         line = str(row.batch_size) if several else _title(row)
         panel = panels.index(_title(row)) if several else 0
-        place = panel, lines.index(line), stages.index(row.schedule.num_stages)
-        table[place], fits[place] = _speedup(row), row.fits
+        place = panel, lines.index(line), devices.index(row.devices)
+        present[place] = True
+        if np.isnan(table[place]) and row.over_bp is not None:
+            table[place] = row.over_bp.value
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    highest = max(1.0, float(np.nanmax(table)))
+    highest = max(1.0, float(np.nanmax(table, initial=1.0)))
     for panel, axis in enumerate(axes.flat):
         if panel >= len(panels):
             axis.set_visible(False)
             continue
         picture = axis.imshow(table[panel], cmap="cividis", vmin=0, vmax=highest, aspect="auto")
-        for (line, column), value in np.ndenumerate(table[panel]):
-            if not np.isnan(value):
-                ink = "black" if value > 0.55 * highest else "white"
-                text = f"{value:.1f}" if fits[panel, line, column] else "×"
-                axis.text(column, line, text, ha="center", va="center", fontsize=8, color=ink)
-        axis.set_xticks(range(len(stages)), [str(count) for count in stages], fontsize=8)
+        for line, column in zip(*np.nonzero(present[panel]), strict=True):
+            value = table[panel, line, column]
+            ink = "black" if value > 0.55 * highest else "#999999" if np.isnan(value) else "white"
+            text = "×" if np.isnan(value) else f"{value:.1f}"
+            axis.text(column, line, text, ha="center", va="center", fontsize=8, color=ink)
+        axis.set_xticks(range(len(devices)), [str(count) for count in devices], fontsize=8)
         axis.set_yticks(range(len(lines)), lines, fontsize=8)
         axis.tick_params(length=0, labelbottom=panel + across >= len(panels))
         axis.spines[:].set_visible(False)
         axis.set_title(panels[panel], loc="left", fontsize=10)
     for axis in axes[-1]:
-        axis.set_xlabel("stages")
+        axis.set_xlabel("devices")
     if several:
         for axis in axes[:, 0]:
             axis.set_ylabel("batch")
     figure.colorbar(
-        picture, ax=list(axes.flat), label="speedup over backpropagation (× does not fit)"
+        picture, ax=list(axes.flat), label="speedup over backpropagation (×: does not fit)"
     )

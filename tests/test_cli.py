@@ -784,6 +784,6 @@ def test_one_core_is_warned_of(tmp_path: Path, words: str):
 
 @pytest.mark.parametrize("name", ["interleaved", "ouroboros", "pd-asgd", "gpipe", "dgl"])
 def test_every_kind_of_method_is_predicted(ddg: Ddg, name: str):
-    text = ddg(f"simulate {name} --stages 4 --iterations 5").stdout
+    text = ddg(f"simulate {name} --stages 4 --iterations 5").out
     assert f"{name} on 4 stages" in text
     assert "bounds you" in text

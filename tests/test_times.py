@@ -61,7 +61,7 @@ def test_times_are_read(text, time):
         ("gamma(1)", "is no time"),
         ("gamma(1,x)", "is no time"),
         ("weibull(1,2)", "is no time"),
-        ("gamma(0,1)", "gamma: mean is 0.0 while std is 1.0"),
+        ("gamma(0,1)", "gamma: mean is 0 while std is 1.0"),
         ("gamma(-1,1)", "gamma: mean is -1.0: give a finite number of seconds that is at least 0"),
         ("normal(1,nan)", "normal: std is nan"),
         ("samples()", "is no time"),
