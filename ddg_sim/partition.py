@@ -112,8 +112,8 @@ def partition(
         overhead: host seconds that every operation costs on top.
         message: host seconds that an operation spends on each message it sends or receives.
         network: how messages travel; it has no buses.
-        quick: whether, where there are many cuts, to be content with those that moving a single
-            one does not improve; `Partition.exact` says whether they are known to be optimal.
+        quick: whether, where there are many cuts and enough memory, to be content with those that
+            moving a single one does not improve; `Partition.exact` says whether they are known to be optimal.
 
     Raises:
         DoesNotFitError: naming a device, what it needs and has, if nothing fits.
@@ -170,8 +170,10 @@ def partition(
         best = enumerate_all(problem, period)
         assert best is not None  # start is one of them
     else:
-        best = descend(problem, period, [start, *(model.bottleneck_cuts(w) for w in (0, 1, 2))])
-        if not quick:
+        starts = [model.even_cuts(), *(model.bottleneck_cuts(w) for w in (0, 1, 2))]
+        best = descend(problem, period, [start, *starts])
+        # Where memory is short, single moves lead nowhere, but there are few cuts to choose from.
+        if not quick or (not best.exact and not all(map(problem.within_limits, starts))):
             best = minimise(problem, period, best.cuts)
     costs = model.costs(best.cuts)
     return Partition(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from inspect import signature
 from itertools import product
 from typing import Any
@@ -96,11 +97,7 @@ class EmptyPlanError(ValueError):
     """No point of a sweep is possible; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Point:
-    schedule: Schedule
-    batch_size: int | None
-    factor: float  # samples per update, in batches of the profile
+_Batch = tuple[int | None, float]  # samples per update, and in batches of the profile
 
 
 def plan(
@@ -154,11 +151,11 @@ def plan(
     >>> layers = tuple(Layer(f"layer{n}", 0.01, 0.02) for n in range(8))
     >>> chain = LayerGraph(layers, tuple((n, n + 1) for n in range(7)))
     >>> for row in plan(chain, ["bp", "ddg"], [2, 4, 16]).rows:
-    ...     print(row.schedule.method, row.devices, round(row.period.value, 6), round(row.over_bp.value, 6))
-    ddg 4 0.06 4.0
-    ddg 2 0.12 2.0
-    bp 2 0.24 1.0
-    bp 4 0.24 1.0
+    ...     print(row.schedule.method, row.devices, f"{row.period.value:g} {row.over_bp.value:g}")
+    ddg 4 0.06 4
+    ddg 2 0.12 2
+    bp 2 0.24 1
+    bp 4 0.24 1
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
@@ -177,12 +174,12 @@ def plan(
         if name not in methods.METHODS:
             known = ", ".join(methods.METHODS)
             raise ValueError(f"unknown method {name!r}; known methods: {known}")
-    batches: list[tuple[int | None, float]] = [(profile_batch_size, 1.0)]
+    batches: list[_Batch] = [(profile_batch_size, 1.0)]
     if batch_sizes is not None and profile_batch_size is not None:
         batches = [(size, size / profile_batch_size) for size in dict.fromkeys(batch_sizes)]
     setting = Setting(graph, cluster, OPTIMIZERS[optimizer], jitter, precision, seed, exact=exact)
 
-    points: dict[_Point, None] = {}
+    points: dict[Schedule, list[_Batch]] = {}
     skipped: Counter[str] = Counter()
     for name, sync, count, micro, copies in product(
         dict.fromkeys(names), syncs or (None,), stages, micro_batches or (None,), replicas
@@ -193,19 +190,23 @@ def plan(
         except ValueError as error:
             skipped[str(error)] += len(batches)
             continue
-        for size, factor in batches:
-            if size is not None and size < schedule.samples_per_iteration * copies:
-                skipped["fewer samples per update than micro-batches times replicas"] += 1
-            else:
-                points[_Point(schedule, size, factor)] = None
+        least = schedule.samples_per_iteration * schedule.replicas
+        enough = [batch for batch in batches if batch[0] is None or batch[0] >= least]
+        if len(enough) < len(batches):
+            reason = "fewer samples per update than micro-batches times replicas"
+            skipped[reason] += len(batches) - len(enough)
+        if enough:
+            points[schedule] = enough
     if not points:
         raise EmptyPlanError(f"no point is possible: {_reasons(skipped)}")
-    wanted: dict[Schedule, set[float]] = {}
-    for point in points:
-        for schedule in (point.schedule, *_baselines(point.schedule)):
-            wanted.setdefault(_anonymous(schedule), set()).add(point.factor)
+    factors = [factor for _, factor in batches]
+    wanted: dict[Schedule, dict[float, None]] = {}
+    for schedule, enough in points.items():
+        wanted.setdefault(_anonymous(schedule), {}).update((f, None) for _, f in enough)
+        for baseline in _baselines(schedule):
+            wanted.setdefault(baseline, {}).update(dict.fromkeys(factors))
     found = _run(setting, wanted, jobs, progress)
-    rows = [_row(point, found) for point in points]
+    rows = [row for case in points.items() for row in _rows(*case, found)]
     return Plan(tuple(sorted(rows, key=_rank)), dict(skipped))
 
 
@@ -215,35 +216,40 @@ def _rank(row: Row) -> tuple[bool, float, int, int]:
     return (not row.fits, speed, row.devices, max(row.staleness))
 
 
+_Found = dict[Schedule, dict[float, Outcome]]
+
+
 def _run(
     setting: Setting,
-    wanted: dict[Schedule, set[float]],
+    wanted: dict[Schedule, dict[float, None]],
     jobs: int | None,
     progress: Callable[[int, int], None] | None,
-) -> dict[tuple[Schedule, float], Outcome | None]:
-    """All outcomes; None where a baseline is impossible."""
-    found: dict[tuple[Schedule, float], Outcome | None] = {}
-    total = sum(map(len, wanted.values()))
+) -> _Found:
+    """All outcomes; none for a baseline that is impossible."""
+    found: _Found = {}
+    total, done = sum(map(len, wanted.values())), 0
     # Those that take long come first, so that at the end nobody waits for them.
     order = sorted(wanted, key=lambda schedule: -sum(map(len, schedule.workers)))
-    tasks = (joblib.delayed(_task)(setting, x, tuple(sorted(wanted[x]))) for x in order)
-    for schedule, factors, results in joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(
-        tasks
-    ):
-        found |= {(schedule, f): outcome for f, outcome in zip(factors, results, strict=True)}
+    tasks = (
+        joblib.delayed(_task)(setting, schedule, index, tuple(wanted[schedule]))
+        for index, schedule in enumerate(order)
+    )
+    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
+    for index, results in parallel(tasks):
+        found[order[index]] = results
+        done += len(wanted[order[index]])
         if progress is not None:
-            progress(len(found), total)
+            progress(done, total)
     return found
 
 
-_Result = tuple[Schedule, tuple[float, ...], list[Outcome | None]]
-
-
-def _task(setting: Setting, schedule: Schedule, factors: tuple[float, ...]) -> _Result:
+def _task(
+    setting: Setting, schedule: Schedule, index: int, factors: tuple[float, ...]
+) -> tuple[int, dict[float, Outcome]]:
     try:
-        return schedule, factors, list(outcomes(setting, schedule, factors))
-    except (ClusterError, ScheduleError):  # of a baseline; points have been checked
-        return schedule, factors, [None] * len(factors)
+        return index, dict(zip(factors, outcomes(setting, schedule, factors), strict=True))
+    except (ClusterError, ScheduleError):  # of a baseline: points have been checked
+        return index, {}
 
 
 def _schedule(
@@ -271,13 +277,19 @@ def _check(schedule: Schedule, setting: Setting) -> None:
         assert setting.cluster is not None
         have = len(setting.cluster.names)
         raise ValueError(f"more devices than the cluster's {have}") from None
-    validate(replace(schedule, queue=placement.queue))
+    if placement.queue != schedule.queue:
+        validate(replace(schedule, queue=placement.queue))
 
 
 def _baselines(schedule: Schedule) -> tuple[Schedule, Schedule]:
     """Backpropagation on the devices of one replica, and data parallelism on all."""
     workers = len(schedule.workers)
-    return methods.bp(workers), methods.data_parallel(methods.bp(1), workers * schedule.replicas)
+    return _bp(workers, 1), _bp(1, workers * schedule.replicas)
+
+
+@lru_cache(maxsize=1024)  # points share them
+def _bp(stages: int, replicas: int) -> Schedule:
+    return _anonymous(methods.data_parallel(methods.bp(stages), replicas))
 
 
 def _anonymous(schedule: Schedule) -> Schedule:
@@ -285,33 +297,35 @@ def _anonymous(schedule: Schedule) -> Schedule:
     return replace(schedule, method="any")
 
 
-def _row(point: _Point, found: dict[tuple[Schedule, float], Outcome | None]) -> Row:
-    schedule = point.schedule
-    mine = found[_anonymous(schedule), point.factor]
-    assert mine is not None
-    bp, dp = (found[_anonymous(x), point.factor] for x in _baselines(schedule))
+def _rows(schedule: Schedule, batches: list[_Batch], found: _Found) -> Iterator[Row]:
+    mine = found[_anonymous(schedule)]
+    bp, dp = (found[baseline] for baseline in _baselines(schedule))
     devices = len(schedule.workers) * schedule.replicas
-    enough = point.batch_size is None or point.batch_size >= devices  # samples for all
-    period = float(mine.periods.mean())
-    samples = point.factor if point.batch_size is None else point.batch_size
-    return Row(
-        schedule=schedule,
-        devices=devices,
-        batch_size=point.batch_size,
-        cuts=mine.cuts,
-        period=estimate(mine.periods) if len(mine.periods) > 1 else exactly(period),
-        throughput=samples / period if period > 0 else math.inf,
-        over_bp=_speedup(bp, mine),
-        over_dp=_speedup(dp, mine) if enough else None,
-        bp_fits=bp is not None and bp.missing is None,
-        dp_fits=dp is not None and dp.missing is None,
-        staleness=staleness(schedule),
-        memory=mine.memory,
-        missing=mine.missing,
-        bound=mine.bound,
-        bound_by=mine.bound_by,
-        lower_bound=mine.lower_bound,
-    )
+    updates = staleness(schedule)
+    for size, factor in batches:
+        here, before, beside = mine[factor], bp.get(factor), dp.get(factor)
+        if size is not None and size < devices:
+            beside = None  # some devices would have no sample
+        period = float(here.periods.mean())
+        samples = factor if size is None else size
+        yield Row(
+            schedule=schedule,
+            devices=devices,
+            batch_size=size,
+            cuts=here.cuts,
+            period=estimate(here.periods) if len(here.periods) > 1 else exactly(period),
+            throughput=samples / period if period > 0 else math.inf,
+            over_bp=_speedup(before, here),
+            over_dp=_speedup(beside, here),
+            bp_fits=before is not None and before.missing is None,
+            dp_fits=beside is not None and beside.missing is None,
+            staleness=updates,
+            memory=here.memory,
+            missing=here.missing,
+            bound=here.bound,
+            bound_by=here.bound_by,
+            lower_bound=here.lower_bound,
+        )
 
 
 def _speedup(before: Outcome | None, after: Outcome) -> Estimate | None:

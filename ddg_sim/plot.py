@@ -273,7 +273,7 @@ def plan_picture(rows: Sequence[Row], path: str | Path) -> None:
     _some(rows)
     width, height = _heat_size(rows)
     figure = _figure(max(8.0, width), 4.5 + height)
-    above, below = figure.subfigures(2, 1, height_ratios=[4.5, height])
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[4.5, height])[:, 0]
     _curves(above.subplots(), rows)
     _heat_panels(below, rows)
     _save(figure, path)
@@ -316,10 +316,11 @@ def _curves(axis: Axes, rows: Sequence[Row]) -> None:
             label="\n".join(wrap(", ".join(names), 30)),
         )
         if any(curve[count].runs for count in devices):
-            ends = [(curve[count].low, curve[count].high) for count in devices]
-            axis.fill_between(devices, *zip(*ends, strict=True), color=colour, alpha=0.2, lw=0)
-    ideal = {"color": "#888888", "linewidth": 1, "linestyle": (0, (6, 4)), "zorder": 1}
-    axis.plot([1, most], [1, most], label="ideal", **ideal)
+            low = [curve[count].low for count in devices]
+            high = [curve[count].high for count in devices]
+            axis.fill_between(devices, low, high, color=colour, alpha=0.2, linewidth=0)
+    ends = [1, most]
+    axis.plot(ends, ends, label="ideal", color="#888888", linewidth=1, linestyle=(0, (6, 4)))
     axis.set(xlabel="devices", ylabel="speedup over backpropagation", ylim=(0, 1.1 * highest))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)

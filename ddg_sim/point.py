@@ -93,12 +93,13 @@ def outcomes(setting: Setting, schedule: Schedule, factors: Sequence[float]) -> 
     # All seconds are proportional to the batch: the best cuts are the same, and so is the cycle.
     unit = _partition(setting, placement, schedule, 1.0, placement.capacities)
     values = _periods(setting, placement, schedule, unit)
+    kept = memory_at(_scaled(setting.graph, 0.0), schedule, unit.cuts, setting.optimizer_state)
     return [
         Outcome(
             unit.cuts,
             values * scale,
             unit.lower_bound * scale,
-            memory_at(_scaled(setting.graph, scale), schedule, unit.cuts, setting.optimizer_state),
+            tuple(a + scale * (b - a) for a, b in zip(kept, unit.memory, strict=True)),
             None,
             _short(unit.cycle),
             _times(unit.cycle, scale).explain(),

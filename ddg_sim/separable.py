@@ -470,6 +470,8 @@ def descend(
     tried = {start for start in starts if problem.within_limits(start)}
     best, cuts = min(_downhill(problem, value_of, start) for start in sorted(tried))
     while True:
+        if problem.excludes(best * (1 - TOLERANCE)):
+            return Minimum(cuts, best, best * (1 - TOLERANCE))
         lower = problem.lower_bound()
         promising = [
             (level, point)
@@ -477,8 +479,6 @@ def descend(
             if point not in tried and (level := problem.level(point)) < best * (1 - TOLERANCE)
         ]
         if best - lower <= TOLERANCE * best or not promising:
-            if problem.excludes(best * (1 - TOLERANCE)):
-                lower = max(lower, best * (1 - TOLERANCE))
             return Minimum(cuts, best, min(lower, best))
         point = min(promising)[1]
         tried.add(point)
