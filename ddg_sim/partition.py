@@ -23,7 +23,8 @@ from ddg_sim.eventgraph import Event, event_graph
 from ddg_sim.layers import LayerGraph
 from ddg_sim.lowering import memory
 from ddg_sim.network import FREE, Network
-from ddg_sim.schedule import Activations, OpKind, Schedule
+from ddg_sim.rule import Activations
+from ddg_sim.schedule import OpKind, Schedule
 from ddg_sim.separable import Array, Cuts, Minimum, Row, minimise
 
 #: The functions of a cut's position of which everything else is a sum: what the layers before it
@@ -328,7 +329,7 @@ def _values(
 
 
 def _misfit(network: _Network, held: list[Row], sizes: list[float]) -> str:
-    """Say which device is overfull even where the fullest device is as little overfull as can be."""
+    """Say which device is overfull even where the fullest one is as little overfull as can be."""
     problem = Cuts(network.basis)
     for row, size in zip(held, sizes, strict=True):
         if math.isfinite(size):
