@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from strategies import costed, quarters
 
 from ddg_sim.costs import PER_LINK, costs
