@@ -22,7 +22,14 @@ from ddg_cli.output import (
 
 
 def simulate(
-    method: Annotated[str, typer.Argument(help="Training method: bp or ddg.")],
+    method: Annotated[
+        str,
+        typer.Argument(
+            help="Training method: bp, ddg, fr, fdg, adl, dsp, dgl, gpipe, 1f1b, interleaved,"
+            " zb-h1, pipedream, pipedream-2bw, stale, pb, spectrain, xpipe, pipemare, sideways,"
+            " petra, ouroboros, pd-asgd or dp."
+        ),
+    ],
     stages: Annotated[int, typer.Option(min=1, help="Number of stages K.")],
     forward: Annotated[
         str | None, typer.Option(help="Seconds per stage: 1 for all, or 1,2,… [default: 1]")
@@ -38,7 +45,23 @@ def simulate(
         typer.Option(help="Seconds per message: one for all, or a list of K-1 links. [default: 0]"),
     ] = None,
     sync: Annotated[
-        str | None, typer.Option(help="Synchronisation of ddg: none, barrier or mailbox.")
+        str | None, typer.Option(help="Synchronisation of ddg, fr: none, barrier or mailbox.")
+    ] = None,
+    semantics: Annotated[
+        str | None, typer.Option(help="Weights of ddg's backward: stash, current or replay.")
+    ] = None,
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(help="Micro-batches per update, of a pipeline. [default: mostly K]"),
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option(help="Stages per worker, of interleaved. [default: 2]")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Samples per update, of adl and petra. [default: 2, 1]")
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Data-parallel copies of any method. [default: 1]")
     ] = None,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Iterations of the timeline. [default: 100, or 4 K]")
@@ -68,7 +91,16 @@ def simulate(
     output_path("--trace", trace)
     output_path("--plot", plot, (".png", ".svg"))
     different_files(profile=profile, trace=trace, plot=plot)
-    schedule = methods.method(method, stages, choice("--sync", sync, Sync))
+    schedule = methods.method(
+        method,
+        stages,
+        choice("--sync", sync, Sync),
+        choice("--semantics", semantics, methods.Semantics),
+        replicas=replicas,
+        micro_batches=micro_batches,
+        chunks=chunks,
+        accumulate=accumulate,
+    )
     given = {"forward": forward, "backward": backward, "update": update, "comm": comm}
     chosen: dict[str, Any] = {
         name: numbers(f"--{name}", text) for name, text in given.items() if text is not None
@@ -120,13 +152,15 @@ def simulate(
             }
         )
         return
+    # A worker may hold several stages; of a stage on two workers, the one that updates it counts.
+    per_stage = [found.utilisation[schedule.worker_of(stage)] for stage in range(stages)]
     print_table(
         f"{method} on {stages} stage{'s' if stages > 1 else ''}, sync {schedule.sync.value}",
         ["stage", "utilisation", "staleness", "peak activations", "weight versions"],
         [
             [str(k + 1), percent(busy), str(old), str(held.activations), str(held.weight_versions)]
             for k, (busy, old, held) in enumerate(
-                zip(found.utilisation, found.staleness, found.memory, strict=True)
+                zip(per_stage, found.staleness, found.memory, strict=True)
             )
         ],
     )

@@ -109,7 +109,7 @@ def print_profile(found: Any) -> None:
 
 
 def train(
-    method: Annotated[str, typer.Argument(help="Training method: bp or ddg.")],
+    method: Annotated[str, typer.Argument(help="Training method; ddg simulate --help lists them.")],
     stages: Stages,
     model: Model,
     executor: Annotated[
@@ -119,11 +119,14 @@ def train(
     iterations: Annotated[int | None, typer.Option(min=1, help="Mini-batches to train on.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Or passes over the data.")] = None,
     sync: Annotated[
-        str | None, typer.Option(help="Synchronisation of ddg: none, barrier or mailbox.")
+        str | None, typer.Option(help="Synchronisation of ddg, fr: none, barrier or mailbox.")
     ] = None,
     semantics: Annotated[
-        str, typer.Option(help="Weights of the delayed backward: stash, current or replay.")
-    ] = "stash",
+        str | None,
+        typer.Option(
+            help="Weights of ddg's delayed backward: stash, current or replay. [default: stash]"
+        ),
+    ] = None,
     optimizer: Optimizer = "sgd",
     learning_rate: Rate = None,
     momentum: Annotated[float, typer.Option(help="Of sgd.")] = 0.9,
@@ -153,7 +156,7 @@ def train(
     from ddg_gpu import checkpoint
     from ddg_gpu.job import Job
     from ddg_gpu.train import train as run_training
-    from ddg_sim.methods import Semantics
+    from ddg_sim.methods import RULES, Semantics
     from ddg_sim.schedule import Sync
 
     output_path("--save", save)
@@ -196,7 +199,7 @@ def train(
         "method": method,
         "stages": stages,
         "sync": schedule.sync.value,
-        "semantics": semantics,
+        "semantics": {rule: name.value for name, rule in RULES.items()}.get(schedule.rule),
         "executor": executor,
         "model": model,
         "data": dataset.name,

@@ -33,7 +33,8 @@ class Job:
         iterations: mini-batches to train on, or None to go by ``epochs``.
         epochs: passes over the training data, or None to go by ``iterations``.
         sync: synchronisation mode; None is the method's default.
-        semantics: at which weights a delayed sample is differentiated.
+        semantics: at which weights a delayed sample is differentiated; None is the method's
+            default.
         batch_size: examples per mini-batch.
         optimizer: "sgd" (with momentum and weight decay) or "adam" (with weight decay).
         learning_rate: None is 0.05 for sgd, 0.001 for adam.
@@ -58,7 +59,7 @@ class Job:
     iterations: int | None = None
     epochs: int | None = None
     sync: Sync | None = None
-    semantics: Semantics = Semantics.STASH
+    semantics: Semantics | None = None
     batch_size: int = 64
     optimizer: str = "sgd"
     learning_rate: float | None = None

@@ -146,7 +146,7 @@ def time_stages(job: Job, dataset: Dataset, iterations: int) -> Durations:
 
 def _durations(job: Job, dataset: Dataset, iterations: int) -> Durations:
     if job.semantics is not Semantics.REPLAY:
-        job = replace(job, method="bp")
+        job = replace(job, method="bp", semantics=None)
     job = replace(job, sync=None)
     schedule = job.schedule()
     parts = network(job, dataset)

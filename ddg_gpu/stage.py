@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ddg_gpu.weights import VersionStore, Weights, call
-from ddg_sim.schedule import Activations, Op, OpKind, Schedule, ScheduleError, staleness
+from ddg_sim.rule import Activations
+from ddg_sim.schedule import Op, OpKind, Schedule, ScheduleError, staleness
 
+UNDERSTOOD = (OpKind.FORWARD, OpKind.RECOMPUTE, OpKind.BACKWARD, OpKind.UPDATE)
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -37,6 +39,9 @@ class Stage:
         optimizer: makes the optimizer of the stage's parameters.
         seed: of the stage's randomness (dropout), which depends on seed, stage and sample only.
         loss: loss of the last stage, (outputs, targets) -> scalar.
+
+    Raises:
+        ScheduleError: for whatever the schedule asks for that is not implemented here.
     """
 
     def __init__(
@@ -48,6 +53,14 @@ class Stage:
         seed: int = 0,
         loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
     ) -> None:
+        if part := schedule.rule.unusual():
+            raise ScheduleError(f"{schedule.method}: the torch backend does not know {part}")
+        unknown = [t for t in schedule.templates() if t.kind not in UNDERSTOOD]
+        if unknown:
+            noun = unknown[0].kind.noun
+            raise ScheduleError(f"{unknown[0]}: the torch backend does not run {noun} operations")
+        if schedule.worker_of(index, OpKind.FORWARD) != schedule.worker_of(index):
+            raise ScheduleError(f"stage {index}: the torch backend keeps a stage on one worker")
         lagging = [t for t in schedule.templates() if t.stage == index and t.version_lag]
         if lagging:
             raise ScheduleError(f"{lagging[0]}: the torch backend keeps no versions nobody reads")

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ddg_sim.schedule import Activations, Jacobian, Rule
+from ddg_sim.rule import Activations, Jacobian, Rule
 
 Weights = dict[str, Tensor]
 

@@ -78,7 +78,11 @@ def _overlap(timeline: Timeline) -> dict[tuple[OpKind, int], float]:
     """Mean fraction of the other workers that compute during an operation, in steady state."""
     schedule = timeline.schedule
     spans = [(span, op) for span, op in timeline.operations if span.duration > 0]
-    home = {stage: schedule.worker_of(stage) for stage in range(schedule.num_stages)}
+    home = {
+        (template.kind, template.stage): worker
+        for worker, body in enumerate(schedule.workers)
+        for template in body
+    }
     others = len(schedule.workers) - 1
     lag = schedule.num_ticks(0)
     steady = range(lag, timeline.iterations - lag)  # neither warm-up nor drain
@@ -95,7 +99,7 @@ def _overlap(timeline: Timeline) -> dict[tuple[OpKind, int], float]:
         for other, its_op in spans[first:]:
             if other.start >= span.end:
                 break
-            if home[its_op.stage] != home[op.stage]:
+            if home[its_op.kind, its_op.stage] != home[op.kind, op.stage]:
                 common += max(0.0, min(span.end, other.end) - max(span.start, other.start))
         shared[op.kind, op.stage] += common / others
         total[op.kind, op.stage] += span.duration

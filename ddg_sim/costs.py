@@ -112,6 +112,8 @@ class Costs:
         >>> costs(3, comm=(0.1, 0.2)).transfer(Relation.GRADIENT, 2, 1)
         0.2
         """
+        if relation in (Relation.LOCAL, Relation.WEIGHTS, Relation.CREDIT):
+            return 0.0  # two workers of one stage share its memory; a credit carries no data
         if relation is Relation.ACTIVATION and target_stage == source_stage + 1:
             return self.activation_transfer[source_stage]
         if relation is Relation.GRADIENT and target_stage == source_stage - 1:

@@ -9,30 +9,42 @@ and consuming. Deadlock, memory bounds and the steady-state period are propertie
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import johnson
+from scipy.sparse.csgraph import connected_components
 
-from ddg_sim.schedule import Activations, OpKind, OpTemplate, Schedule, ScheduleError, Sync
+from ddg_sim.rule import Activations, Gradient
+from ddg_sim.schedule import OpKind, OpTemplate, Schedule, ScheduleError, Sync
 
 BACKWARDS = (OpKind.BACKWARD, OpKind.BACKWARD_INPUT)
+_PER_GROUP = (OpKind.UPDATE, OpKind.ALL_REDUCE)
 
 
 class Relation(Enum):
     """Why one operation waits for another."""
 
     PROGRAM = "program order"
-    LOCAL = "data on the same worker"
+    LOCAL = "local"  # what the stage itself left behind: activations, gradients of its weights
     ACTIVATION = "activation"
     GRADIENT = "gradient"
+    WEIGHTS = "weights"  # of a stage whose forward passes run on another worker than its updates
+    CREDIT = "credit"  # the next stage has taken an activation: there is room for another
     BARRIER = "barrier"
 
 
-DATA = (Relation.LOCAL, Relation.ACTIVATION, Relation.GRADIENT)
+DATA = (
+    Relation.LOCAL,
+    Relation.ACTIVATION,
+    Relation.GRADIENT,
+    Relation.WEIGHTS,
+    Relation.CREDIT,
+)
 
 
 class Node(NamedTuple):
@@ -75,7 +87,9 @@ def template_at(schedule: Schedule, node: Node) -> OpTemplate:
 
 
 def dependencies(schedule: Schedule) -> tuple[Dependency, ...]:
-    """All dependencies of a schedule, with their token counts.
+    """All dependencies of a schedule between two operations, with their token counts.
+
+    A barrier is a dependency between all workers: see `barrier_indices`.
 
     Raises:
         ScheduleError: naming an operation whose input nobody produces.
@@ -90,10 +104,14 @@ def dependencies(schedule: Schedule) -> tuple[Dependency, ...]:
     found = list(_program_order(schedule))
     producers = _producers(schedule)
     for consumer, template in _nodes(schedule):
-        for kinds, stage, relation in _needs(template, schedule.num_stages):
-            found.extend(_data(schedule, producers, consumer, kinds, stage, relation))
-    if schedule.sync is Sync.BARRIER:
-        found.extend(_barriers(schedule))
+        for kinds, stage, relation in _needs(schedule, template):
+            if template.kind in _PER_GROUP:
+                found.extend(_of_group(schedule, producers, consumer, kinds))
+            else:
+                found.append(_of_sample(schedule, producers, consumer, kinds, stage, relation))
+    found.extend(_weights(schedule, producers))
+    if schedule.queue:
+        found.extend(_credits(schedule, producers))
     return tuple(found)
 
 
@@ -121,87 +139,120 @@ def _nodes(schedule: Schedule) -> list[tuple[Node, OpTemplate]]:
     ]
 
 
-def _program_order(schedule: Schedule) -> list[Dependency]:
-    edges = []
+def _program_order(schedule: Schedule) -> Iterator[Dependency]:
     for worker, body in enumerate(schedule.workers):
         for index in range(len(body)):
             source, target = Node(worker, index), Node(worker, (index + 1) % len(body))
             tokens = int(index + 1 == len(body))
-            edges.append(Dependency(source, target, tokens, Relation.PROGRAM, target))
-    return edges
+            yield Dependency(source, target, tokens, Relation.PROGRAM, target)
 
 
-def _barriers(schedule: Schedule) -> list[Dependency]:
-    """All-to-all edges: whatever precedes a barrier, before whatever follows it."""
-    edges = []
-    meetings = [barrier_indices(schedule, worker) for worker in range(len(schedule.workers))]
-    if len({len(indices) for indices in meetings}) > 1:
-        raise ScheduleError("sync 'barrier' needs the same number of barriers on every worker")
-    for group in zip(*meetings, strict=True):
-        for before, index in enumerate(group):
-            for after, other in enumerate(group):
-                body = len(schedule.workers[after])
-                target = Node(after, (other + 1) % body)
-                tokens = int(other + 1 == body)
-                if before != after:
-                    source = Node(before, index)
-                    edges.append(Dependency(source, target, tokens, Relation.BARRIER, target))
-    return edges
-
-
-def _needs(template: OpTemplate, num_stages: int) -> list[tuple[tuple[OpKind, ...], int, Relation]]:
-    """What a template consumes: alternative kinds of producer (first found), stage, relation."""
+def _needs(
+    schedule: Schedule, template: OpTemplate
+) -> list[tuple[tuple[OpKind, ...], int, Relation]]:
+    """What a template consumes: alternative kinds of producer, stage, relation."""
     stage = template.stage
-    forward = ((OpKind.FORWARD,), stage - 1, Relation.ACTIVATION)
-    gradient = (BACKWARDS, stage + 1, Relation.GRADIENT)
     if template.kind is OpKind.FORWARD:
-        return [forward] if stage > 0 else []
+        return [((OpKind.FORWARD,), stage - 1, Relation.ACTIVATION)] if stage > 0 else []
     if template.kind in BACKWARDS:
         local = ((OpKind.RECOMPUTE, OpKind.FORWARD), stage, Relation.LOCAL)
-        return [local, gradient] if stage < num_stages - 1 else [local]
+        if stage == schedule.num_stages - 1 or schedule.rule.gradient is Gradient.LOCAL:
+            return [local]
+        return [local, (BACKWARDS, stage + 1, Relation.GRADIENT)]
     if template.kind is OpKind.RECOMPUTE:
         return [((OpKind.FORWARD,), stage, Relation.LOCAL)]
     if template.kind is OpKind.BACKWARD_WEIGHT:
         return [((OpKind.BACKWARD_INPUT,), stage, Relation.LOCAL)]
-    return [((OpKind.BACKWARD_WEIGHT, OpKind.BACKWARD), stage, Relation.LOCAL)]
+    gradients = ((OpKind.BACKWARD_WEIGHT, OpKind.BACKWARD), stage, Relation.LOCAL)
+    reduced = ((OpKind.ALL_REDUCE,), stage, Relation.LOCAL)
+    return [gradients, reduced] if template.kind is OpKind.UPDATE else [gradients]
 
 
-def _producers(schedule: Schedule) -> dict[tuple[OpKind, int], list[Node]]:
-    table: dict[tuple[OpKind, int], list[Node]] = defaultdict(list)
+_Producers = dict[tuple[OpKind, int], dict[int, Node]]  # by kind and stage, then by sample mod m
+
+
+def _producers(schedule: Schedule) -> _Producers:
+    table: _Producers = defaultdict(dict)
     for node, template in _nodes(schedule):
-        table[template.kind, template.stage].append(node)
+        sample = template.sample % schedule.samples_per_iteration
+        table[template.kind, template.stage][sample] = node
     return table
 
 
-def _data(
+def _of_sample(
     schedule: Schedule,
-    producers: dict[tuple[OpKind, int], list[Node]],
+    producers: _Producers,
     consumer: Node,
     kinds: tuple[OpKind, ...],
     stage: int,
     relation: Relation,
+) -> Dependency:
+    """Edge from the operation that produces what ``consumer`` needs of its sample.
+
+    Of several kinds of producer the first one that has the sample counts.
+    """
+    m, template = schedule.samples_per_iteration, template_at(schedule, consumer)
+    for kind in kinds:
+        source = producers.get((kind, stage), {}).get(template.sample % m)
+        if source is not None:
+            tokens = (template_at(schedule, source).sample - template.sample) // m
+            # A mailbox is emptied by a blocking receive before the iteration's first operation.
+            early = schedule.sync is Sync.MAILBOX and source.worker != consumer.worker
+            target = Node(consumer.worker, 0) if early else consumer
+            return Dependency(source, target, tokens, relation, consumer)
+    wanted = " or ".join(f"{kind.value}{stage}" for kind in kinds)
+    raise ScheduleError(f"{_where(schedule, consumer)}: no {wanted} produces its input")
+
+
+def _of_group(
+    schedule: Schedule, producers: _Producers, consumer: Node, kinds: tuple[OpKind, ...]
 ) -> list[Dependency]:
-    """Edges from the operations that produce what ``consumer`` uses."""
-    m = schedule.samples_per_iteration
-    template = template_at(schedule, consumer)
-    candidates = next((found for kind in kinds if (found := producers.get((kind, stage)))), [])
-    edges = []
-    for source in candidates:
-        ahead = template_at(schedule, source).sample - template.sample
-        if template.kind in (OpKind.UPDATE, OpKind.ALL_REDUCE):
-            tokens = -(-ahead // m)  # one edge per sample of the group that the update closes
-        elif ahead % m == 0:
-            tokens = ahead // m
-        else:
-            continue
-        # A mailbox is emptied by a blocking receive before the iteration's first operation.
-        early = schedule.sync is Sync.MAILBOX and source.worker != consumer.worker
-        target = Node(consumer.worker, 0) if early else consumer
-        edges.append(Dependency(source, target, tokens, relation, consumer))
-    if not edges:
-        wanted = " or ".join(f"{kind.value}{stage}" for kind in kinds)
+    """Edges from all gradients of the group of samples that ``consumer`` closes."""
+    m, template = schedule.samples_per_iteration, template_at(schedule, consumer)
+    sources = [
+        node for kind in kinds for node in producers.get((kind, template.stage), {}).values()
+    ]
+    if not sources and OpKind.ALL_REDUCE not in kinds:
+        wanted = " or ".join(f"{kind.value}{template.stage}" for kind in kinds)
         raise ScheduleError(f"{_where(schedule, consumer)}: no {wanted} produces its input")
-    return edges
+    return [
+        Dependency(
+            source,
+            consumer,
+            -((template.sample - template_at(schedule, source).sample) // m),
+            Relation.LOCAL,
+            consumer,
+        )
+        for source in sources
+    ]
+
+
+def _weights(schedule: Schedule, producers: _Producers) -> Iterator[Dependency]:
+    """Where forward passes run on a worker of their own: from the update they read, to the first.
+
+    In iteration t they read what iterations before t have produced.
+    """
+    for stage in range(schedule.num_stages):
+        updates = producers.get((OpKind.UPDATE, stage), {})
+        forwards = producers.get((OpKind.FORWARD, stage), {})
+        for source in updates.values():
+            first = min(forwards.values(), default=source)
+            if first.worker != source.worker:
+                lags = (template_at(schedule, node).version_lag for node in forwards.values())
+                yield Dependency(source, first, 1 + min(lags), Relation.WEIGHTS, first)
+
+
+def _credits(schedule: Schedule, producers: _Producers) -> Iterator[Dependency]:
+    """A stage may start a sample once the next stage has taken the one ``queue`` before it."""
+    m = schedule.samples_per_iteration
+    for stage in range(schedule.num_stages - 1):
+        takes = producers.get((OpKind.FORWARD, stage + 1), {})
+        for target in producers.get((OpKind.FORWARD, stage), {}).values():
+            sample = template_at(schedule, target).sample - schedule.queue
+            source = takes[sample % m]
+            if source.worker != target.worker:
+                tokens = (template_at(schedule, source).sample - sample) // m
+                yield Dependency(source, target, tokens, Relation.CREDIT, target)
 
 
 def _where(schedule: Schedule, node: Node) -> str:
@@ -227,49 +278,49 @@ def validate(schedule: Schedule) -> None:
     """
     _check_cells(schedule)
     edges = dependencies(schedule)
-    _check_deadlock(schedule, edges)
-    for edge, slots in zip(edges, token_bounds(schedule, edges), strict=True):
-        if slots is None:
-            raise ScheduleError(
-                f"unbounded memory: {_where(schedule, edge.source)} may run ahead of"
-                f" {_where(schedule, edge.target)} without limit"
-            )
+    arcs = _arcs(schedule, edges)
+    _check_deadlock(schedule, arcs)
+    _check_bounded(schedule, edges, arcs)
 
 
 def _check_cells(schedule: Schedule) -> None:
+    m = schedule.samples_per_iteration
     if schedule.num_stages < 1 or not schedule.workers or not all(schedule.workers):
         raise ScheduleError("a schedule needs at least one stage and no empty worker")
-    if schedule.samples_per_iteration < 1:
-        raise ScheduleError(
-            f"samples_per_iteration must be at least 1, got {schedule.samples_per_iteration}"
-        )
-    home: dict[int, int] = {}
+    least = {"samples_per_iteration": (m, 1), "replicas": (schedule.replicas, 1)}
+    for name, (value, bound) in {**least, "queue": (schedule.queue, 0)}.items():
+        if value < bound:
+            raise ScheduleError(f"{name} must be at least {bound}, got {value}")
+    home: dict[tuple[int, bool], int] = {}  # (stage, whether forward) -> worker
     seen: dict[tuple[OpKind, int, int], Node] = {}
-    m = schedule.samples_per_iteration
     for node, template in _nodes(schedule):
         where = _where(schedule, node)
         if not 0 <= template.stage < schedule.num_stages:
             raise ScheduleError(f"{where}: stage must be in 0..{schedule.num_stages - 1}")
         if template.version_lag < 0:
             raise ScheduleError(f"{where}: no version is newer than the newest")
-        if template.kind is OpKind.UPDATE and template.sample % m != m - 1:
-            raise ScheduleError(f"{where}: an update must close a group of {m} samples")
+        if template.kind in _PER_GROUP and template.sample % m != m - 1:
+            noun = "an update" if template.kind is OpKind.UPDATE else "an all-reduce"
+            raise ScheduleError(f"{where}: {noun} must close a group of {m} samples")
         if template.sample >= m:
             raise ScheduleError(f"{where}: its sample has not entered yet (offset must be < {m})")
-        if home.setdefault(template.stage, node.worker) != node.worker:
-            raise ScheduleError(f"{where}: stage already lives on worker {home[template.stage]}")
+        part = (template.stage, template.kind is OpKind.FORWARD)
+        if home.setdefault(part, node.worker) != node.worker:
+            raise ScheduleError(f"{where}: stage already lives on worker {home[part]}")
         key = (template.kind, template.stage, template.sample % m)
         if key in seen:
             raise ScheduleError(f"{where}: repeats {_where(schedule, seen[key])}")
         seen[key] = node
+    counts = Counter((stage, kind) for kind, stage, _ in seen)
     for stage in range(schedule.num_stages):
-        found = Counter(kind for kind, its_stage, _ in seen if its_stage == stage)
+        found = {kind: counts[stage, kind] for kind in OpKind}
         stored = schedule.rule.activations is Activations.INPUT
         needed = {
             OpKind.FORWARD: m,
             OpKind.BACKWARD: m - found[OpKind.BACKWARD_INPUT],
             OpKind.BACKWARD_WEIGHT: found[OpKind.BACKWARD_INPUT],
             OpKind.RECOMPUTE: m if stored else found[OpKind.RECOMPUTE],
+            OpKind.ALL_REDUCE: 1 if schedule.replicas > 1 else found[OpKind.ALL_REDUCE],
             OpKind.UPDATE: 1,
         }
         for kind, count in needed.items():
@@ -278,61 +329,99 @@ def _check_cells(schedule: Schedule) -> None:
                     f"stage {stage}: has {found[kind]} {kind.value} operations per iteration,"
                     f" needs {count}"
                 )
+        for sample in range(m if found[OpKind.BACKWARD_INPUT] else 0):
+            whole = (OpKind.BACKWARD, stage, sample) in seen
+            for half in (OpKind.BACKWARD_INPUT, OpKind.BACKWARD_WEIGHT):
+                if ((half, stage, sample) in seen) is whole:
+                    text = OpTemplate(half, stage, sample).text(m)
+                    reason = "repeats a whole backward pass" if whole else "is missing"
+                    raise ScheduleError(f"stage {stage}: {text} {reason}")
 
 
-def _check_deadlock(schedule: Schedule, edges: tuple[Dependency, ...]) -> None:
-    """A cycle without a token is a set of operations that wait for one another for ever."""
-    nodes = [node for node, _ in _nodes(schedule)]
-    # With these weights a cycle is negative exactly when its tokens are not positive.
-    distance = dict.fromkeys(nodes, 0)
-    because: dict[Node, Dependency] = {}
-    changed: Node | None = None
-    for _ in range(len(nodes) + 1):
+class _Arc(NamedTuple):
+    """A dependency between two nodes by number; barriers are nodes of their own, after all."""
+
+    source: int
+    target: int
+    tokens: int
+    edge: Dependency | None = None
+
+
+def _arcs(schedule: Schedule, edges: tuple[Dependency, ...]) -> list[_Arc]:
+    index = {node: number for number, (node, _) in enumerate(_nodes(schedule))}
+    arcs = [_Arc(index[edge.source], index[edge.target], edge.tokens, edge) for edge in edges]
+    meetings = [barrier_indices(schedule, worker) for worker in range(len(schedule.workers))]
+    if len({len(indices) for indices in meetings}) > 1:
+        raise ScheduleError("sync 'barrier' needs the same number of barriers on every worker")
+    for number, group in enumerate(zip(*meetings, strict=True), start=len(index)):
+        for worker, position in enumerate(group):
+            length = len(schedule.workers[worker])
+            after = index[Node(worker, (position + 1) % length)]
+            arcs.append(_Arc(index[Node(worker, position)], number, 0))
+            arcs.append(_Arc(number, after, int(position + 1 == length)))
+    return arcs
+
+
+def _check_deadlock(schedule: Schedule, arcs: list[_Arc]) -> None:
+    """A cycle without a token is a set of operations that wait for one another for ever.
+
+    Shifting operations by whole iterations makes all tokens non-negative (a retiming), unless a
+    cycle has a negative sum; then a cycle without a token is one of arcs without tokens.
+    """
+    shift: dict[int, int] = defaultdict(int)
+    because: dict[int, _Arc] = {}
+    changed: int | None = None
+    for _ in range(2 + max(max(arc.source, arc.target) for arc in arcs)):
         changed = None
-        for edge in edges:
-            reached = distance[edge.source] + edge.tokens * (len(nodes) + 1) - 1
-            if reached < distance[edge.target]:
-                distance[edge.target] = reached
-                because[edge.target] = edge
-                changed = edge.target
+        for arc in arcs:
+            reached = shift[arc.source] + arc.tokens
+            if reached < shift[arc.target]:
+                shift[arc.target], because[arc.target] = reached, arc
+                changed = arc.target
         if changed is None:
-            return
-    assert changed is not None
-    for _ in nodes:  # walk back into the cycle itself
-        changed = because[changed].source
-    edge = because[changed]
+            break
+    if changed is not None:
+        for _ in arcs:  # walk back into the cycle itself
+            changed = because[changed].source
+        cycle = [because[changed]]
+        while cycle[-1].source != changed:
+            cycle.append(because[cycle[-1].source])
+        _raise_deadlock(schedule, cycle)
+    tight = {
+        (arc.source, arc.target): arc
+        for arc in arcs
+        if shift[arc.source] + arc.tokens == shift[arc.target]
+    }
+    order: TopologicalSorter[int] = TopologicalSorter()
+    for source, target in tight:
+        order.add(target, source)
+    try:
+        order.prepare()
+    except CycleError as error:
+        nodes = error.args[1]
+        ends = zip(nodes, nodes[1:], strict=False)
+        _raise_deadlock(schedule, [tight[end] for end in ends])
+
+
+def _raise_deadlock(schedule: Schedule, cycle: list[_Arc]) -> None:
+    edges = [arc.edge for arc in cycle if arc.edge is not None]
+    # Data says more than program order.
+    edge = next((edge for edge in edges if edge.relation in DATA), edges[0])
     raise ScheduleError(
         f"deadlock: {_where(schedule, edge.target)} waits for {_where(schedule, edge.source)}"
         f" ({edge.relation.value}), which waits for it in turn"
     )
 
 
-def token_bounds(schedule: Schedule, edges: tuple[Dependency, ...]) -> list[int | None]:
-    """Most tokens an edge can ever hold, per edge; None if there is no bound.
-
-    It is the least number of tokens on a cycle through the edge (Commoner et al. 1971), as long as
-    all edges bind. Where samples do not exist, data edges do not: `rings.ring_slots` counts the
-    buffers that a message stream needs in warm-up and drain as well.
-
-    >>> from ddg_sim.methods import ddg
-    >>> edges = dependencies(ddg(4))
-    >>> [slots for edge, slots in zip(edges, token_bounds(ddg(4), edges))
-    ...  if edge.is_message and edge.relation is Relation.ACTIVATION]
-    [2, 2, 2]
-    """
-    index = {node: i for i, (node, _) in enumerate(_nodes(schedule))}
-    size = len(index)
-    weight: dict[tuple[int, int], int] = {}
-    for edge in edges:
-        key = (index[edge.source], index[edge.target])
-        weight[key] = min(weight.get(key, edge.tokens), edge.tokens)
-    rows, columns = zip(*weight, strict=True)
-    # Shortest paths with strictly ordered weights: tokens first, then the number of edges, so that
-    # no weight is zero (a sparse graph cannot hold one).
-    scaled = np.array([tokens * (size + 1) + 1 for tokens in weight.values()], dtype=float)
-    distance = johnson(csr_array((scaled, (rows, columns)), shape=(size, size)))
-    bounds: list[int | None] = []
-    for edge in edges:
-        back = distance[index[edge.target], index[edge.source]]
-        bounds.append(None if np.isinf(back) else edge.tokens + int(back // (size + 1)))
-    return bounds
+def _check_bounded(schedule: Schedule, edges: tuple[Dependency, ...], arcs: list[_Arc]) -> None:
+    """Tokens on an edge are bounded exactly if it lies on a cycle (Commoner et al. 1971)."""
+    size = 1 + max(max(arc.source, arc.target) for arc in arcs)
+    ends = ([arc.source for arc in arcs], [arc.target for arc in arcs])
+    graph = csr_array((np.ones(len(arcs)), ends), shape=(size, size))
+    _, component = connected_components(graph, directed=True, connection="strong")
+    for edge, arc in zip(edges, arcs, strict=False):  # the arcs of the edges come first
+        if component[arc.source] != component[arc.target]:
+            raise ScheduleError(
+                f"unbounded memory: {_where(schedule, edge.source)} may run ahead of"
+                f" {_where(schedule, edge.target)} without limit"
+            )

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, permutations
 
 from ddg_sim.dependencies import (
     Dependency,
@@ -21,7 +22,8 @@ from ddg_sim.dependencies import (
     validate,
 )
 from ddg_sim.rings import ring_slots
-from ddg_sim.schedule import Jacobian, Op, OpKind, Rule, Schedule, steady_iterations
+from ddg_sim.rule import Activations, Rule
+from ddg_sim.schedule import Op, OpKind, Schedule, steady_iterations
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,26 +169,37 @@ class StageMemory:
 def stage_memory(ops: Iterable[Op], rule: Rule) -> StageMemory:
     """Peak live activations and weight versions of one stage whose operations run in this order.
 
-    A sample is live from the start of its forward pass to the end of its backward pass. A version
-    is live while it is the newest, or while the rule lets a live sample's backward pass read it.
+    A sample is live from the start of its forward pass to the end of its backward pass; where a
+    stage keeps nothing of it in between, or only of the newest, one at a time is. A version is
+    live from the update that produces it to the last operation that reads it, and as the newest.
 
     >>> from ddg_sim.methods import ddg
     >>> stage_memory(ddg(3).program(0, 10), ddg(3).rule)
     StageMemory(activations=3, weight_versions=3)
     """
-    live: dict[int, int] = {}
-    newest = activations = versions = 0
-    for op in ops:
+    ops = list(ops)
+    last_read = {op.version: index for index, op in enumerate(ops) if op.kind in _READS}
+    keeps = rule.activations in (Activations.GRAPH, Activations.INPUT)
+    live: set[int] = set()
+    held, newest = {0}, 0
+    activations = versions = 0
+    for index, op in enumerate(ops):
         if op.kind is OpKind.FORWARD:
-            live[op.sample] = op.version
+            live = {*live, op.sample} if keeps else {op.sample}
         elif op.kind is OpKind.UPDATE:
             newest = op.version
-        held = {newest, *live.values()} if rule.jacobian is Jacobian.STASHED else {newest}
+            held.add(newest)
+        held = {
+            version for version in held if last_read.get(version, -1) >= index or version == newest
+        }
         activations = max(activations, len(live))
         versions = max(versions, len(held))
         if op.kind in (OpKind.BACKWARD, OpKind.BACKWARD_WEIGHT):
-            live.pop(op.sample, None)
+            live.discard(op.sample)
     return StageMemory(activations, versions)
+
+
+_READS = frozenset(OpKind) - {OpKind.UPDATE, OpKind.ALL_REDUCE}
 
 
 def memory(schedule: Schedule) -> tuple[StageMemory, ...]:
@@ -198,8 +211,22 @@ def memory(schedule: Schedule) -> tuple[StageMemory, ...]:
     >>> [(stage.activations, stage.weight_versions) for stage in memory(bp(2))]
     [(1, 1), (1, 1)]
     """
-    per_stage: list[list[Op]] = [[] for _ in range(schedule.num_stages)]
-    for worker in range(len(schedule.workers)):
+    programs: list[list[list[Op]]] = [[] for _ in range(schedule.num_stages)]  # stage, worker
+    for worker, body in enumerate(schedule.workers):
+        mine: dict[int, list[Op]] = {template.stage: [] for template in body}
         for op in schedule.program(worker, steady_iterations(schedule)):
-            per_stage[op.stage].append(op)
-    return tuple(stage_memory(ops, schedule.rule) for ops in per_stage)
+            mine[op.stage].append(op)
+        for stage, ops in mine.items():
+            programs[stage].append(ops)
+    return tuple(_most(found, schedule.rule) for found in programs)
+
+
+def _most(programs: list[list[Op]], rule: Rule) -> StageMemory:
+    """Peaks of a stage; if it lives on two workers, either may be first in an iteration."""
+    found = []
+    for order in permutations(programs):
+        together = sorted(chain.from_iterable(order), key=lambda op: op.iteration)
+        found.append(stage_memory(together, rule))
+    return StageMemory(
+        max(stage.activations for stage in found), max(stage.weight_versions for stage in found)
+    )

@@ -1,27 +1,50 @@
 """The training methods: each is a short function that returns its schedule, and nothing else.
 
 The grids show, per worker (row) and iteration (column), which sample is run forward (F), backward
-(B), recomputed (R) and applied (U).
+(B, or its halves I and W), recomputed (R), averaged over replicas (A) and applied (U); behind a
+slash the stage, where a worker holds several. Every docstring says which part of the method was
+checked against what, and which is from memory.
+
+Here are backpropagation, the method that this toolkit is named after, data parallelism, and the
+catalogue of all methods.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
+from inspect import signature
 
+from ddg_sim.asynchronous import pipedream, pipedream_2bw, spectrain, xpipe
+from ddg_sim.decoupled import (
+    adl,
+    dgl,
+    dsp,
+    fdg,
+    ouroboros,
+    pd_asgd,
+    petra,
+    pipelined_backprop,
+    pipemare,
+    sideways,
+    stale,
+)
 from ddg_sim.dependencies import validate
+from ddg_sim.periodic import at_least, periodic
+from ddg_sim.rule import Activations, Jacobian, Rule
 from ddg_sim.schedule import (
-    Activations,
-    Jacobian,
+    OpKind,
     OpTemplate,
-    Rule,
     Schedule,
     Sync,
+    all_reduce,
     backward,
     forward,
     recompute,
     update,
 )
+from ddg_sim.synchronous import gpipe, interleaved, one_f_one_b, zb_h1
 
 
 class Semantics(Enum):
@@ -40,32 +63,6 @@ RULES = {
     Semantics.CURRENT: Rule(Activations.GRAPH, Jacobian.CURRENT),
     Semantics.REPLAY: Rule(Activations.INPUT, Jacobian.CURRENT),
 }
-
-
-def periodic(
-    method: str,
-    num_stages: int,
-    program: Callable[[int], list[OpTemplate]],
-    *,
-    sync: Sync = Sync.NONE,
-    rule: Rule | None = None,
-) -> Schedule:
-    """Build and validate the schedule whose worker k runs ``program(k)`` in every iteration.
-
-    Raises:
-        ValueError: if ``num_stages`` < 1.
-        ScheduleError: if the schedule cannot be run; names the operation.
-
-    >>> print(periodic("sgd", 1, lambda k: [forward(k), backward(k), update(k)]))
-    sgd stages=1 sync=none activations=graph jacobian=stashed samples=1
-    worker 0: F0(t) B0(t) U0(t)
-    """
-    if num_stages < 1:
-        raise ValueError(f"num_stages must be at least 1, got {num_stages}")
-    workers = tuple(tuple(program(stage)) for stage in range(num_stages))
-    schedule = Schedule(method, num_stages, workers, sync, rule or Rule())
-    validate(schedule)
-    return schedule
 
 
 def bp(num_stages: int) -> Schedule:
@@ -119,32 +116,163 @@ def ddg(
     return periodic("ddg", num_stages, program, sync=sync, rule=RULES[semantics])
 
 
-METHODS = ("bp", "ddg")
+def fr(num_stages: int, sync: Sync = Sync.NONE) -> Schedule:
+    """Features Replay (Huo, Gu, Huang, NeurIPS 2018, arXiv 1807.04511).
+
+    `ddg` with the semantics "replay": stage k runs forward again on the stored input of sample
+    t - d_k, at the weights of now, with the error of stage k+1's replay in the iteration before::
+
+                   t=0           t=1           t=2           t=3
+        worker 0   F0            F1            F2 R0 B0 U0   F3 R1 B1 U1
+        worker 1   F0            F1 R0 B0 U0   F2 R1 B1 U1   F3 R2 B2 U2
+        worker 2   F0 R0 B0 U0   F1 R1 B1 U1   F2 R2 B2 U2   F3 R3 B3 U3
+
+    Args:
+        num_stages: number of stages K >= 1.
+        sync: BARRIER is the paper's cost model, with period T_F + max_k (F_k + B_k).
+
+    >>> fr(3).workers == ddg(3, semantics=Semantics.REPLAY).workers
+    True
+    """
+    return replace(ddg(num_stages, sync, Semantics.REPLAY), method="fr")
+
+
+def dp(num_stages: int, replicas: int = 2) -> Schedule:
+    """Plain synchronous data parallelism: every replica holds the whole network on one worker.
+
+    The network may be described as K stages, so that the costs of a pipeline's stages serve both.
+    The replicas meet once per stage, from the last to the first, after the backward pass; that
+    all-reduce and backward pass overlap in real implementations is not modelled. For K=2::
+
+                   t=0
+        worker 0   F0/0 F0/1 B0/1 B0/0 A0/1 U0/1 A0/0 U0/0
+
+    Args:
+        num_stages: number of stages K >= 1.
+        replicas: copies R >= 1 of the network.
+
+    >>> dp(1, replicas=4).workers == data_parallel(bp(1), 4).workers
+    True
+    """
+
+    def program(worker: int) -> list[OpTemplate]:
+        stages = range(num_stages)
+        forwards = [forward(k) for k in stages]
+        return [*forwards, *map(backward, reversed(stages)), *map(update, reversed(stages))]
+
+    return data_parallel(periodic("dp", num_stages, program, workers=1), replicas)
+
+
+def data_parallel(schedule: Schedule, replicas: int) -> Schedule:
+    """R replicas of a schedule, on R times as many samples, that share every update.
+
+    All replicas run the same program; those of a stage meet at an all-reduce of its gradients just
+    before its update, which then uses the mean over all. Versions and staleness stay.
+
+    Args:
+        schedule: what every replica runs; it has no replicas yet.
+        replicas: R >= 1; with 1 the schedule stays as it is.
+
+    Raises:
+        ValueError: if ``replicas`` < 1, or the schedule has replicas already.
+
+    >>> print(data_parallel(bp(1), replicas=4))
+    bp stages=1 sync=none activations=graph jacobian=stashed samples=1 replicas=4
+    worker 0: F0(t) B0(t) A0(t) U0(t)
+    """
+    at_least("replicas", replicas, 1)
+    if schedule.replicas != 1:
+        raise ValueError(f"schedule {schedule.method!r} has {schedule.replicas} replicas already")
+    if replicas == 1:
+        return schedule
+    workers = []
+    for body in schedule.workers:
+        found: list[OpTemplate] = []
+        for template in body:
+            if template.kind is OpKind.UPDATE:
+                found.append(all_reduce(template.stage, template.sample))
+            found.append(template)
+        workers.append(tuple(found))
+    replicated = replace(schedule, workers=tuple(workers), replicas=replicas)
+    validate(replicated)
+    return replicated
+
+
+#: Name to function, in the order in which help texts list them.
+METHODS: dict[str, Callable[..., Schedule]] = {
+    "bp": bp,
+    "ddg": ddg,
+    "fr": fr,
+    "fdg": fdg,
+    "adl": adl,
+    "dsp": dsp,
+    "dgl": dgl,
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved": interleaved,
+    "zb-h1": zb_h1,
+    "pipedream": pipedream,
+    "pipedream-2bw": pipedream_2bw,
+    "stale": stale,
+    "pb": pipelined_backprop,
+    "spectrain": spectrain,
+    "xpipe": xpipe,
+    "pipemare": pipemare,
+    "sideways": sideways,
+    "petra": petra,
+    "ouroboros": ouroboros,
+    "pd-asgd": pd_asgd,
+    "dp": dp,
+}
 
 
 def method(
     name: str,
     num_stages: int,
     sync: Sync | None = None,
-    semantics: Semantics = Semantics.STASH,
+    semantics: Semantics | None = None,
+    *,
+    replicas: int | None = None,
+    **options: object,
 ) -> Schedule:
-    """Schedule of the method called ``name``; ``sync`` None is the method's default.
+    """Schedule of the method called ``name``; an option that is None takes the method's default.
+
+    Args:
+        name: one of `METHODS`.
+        num_stages: number of stages K >= 1.
+        sync: synchronisation; `Sync.NONE` is known to every method.
+        semantics: at which weights a delayed sample is differentiated.
+        replicas: data-parallel copies R >= 1, of any method.
+        options: further arguments of the method's function.
 
     Raises:
-        ValueError: for an unknown name, ``num_stages`` < 1, or a sync mode or semantics that the
-            method lacks.
+        ValueError: for an unknown name, an option that the method lacks, or a value that it
+            refuses; names it.
 
     >>> method("ddg", 4) == ddg(4)
     True
+    >>> method("gpipe", 4, chunks=2)
+    Traceback (most recent call last):
+    ...
+    ValueError: chunks 2 does not apply to gpipe, which takes micro_batches, replay, replicas
     """
-    if name == "ddg":
-        return ddg(num_stages, sync or Sync.NONE, semantics)
-    if name == "bp":
-        if sync not in (None, Sync.NONE):
-            raise ValueError(f"sync {sync.value!r} does not apply to bp, which has no sync modes")
-        if semantics is not Semantics.STASH:
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}")
+    build = METHODS[name]
+    given: dict[str, object] = {"sync": sync, "semantics": semantics, **options}
+    known = [option for option in signature(build).parameters if option != "num_stages"]
+    if "replicas" in known:
+        given["replicas"], replicas = replicas, None
+    else:
+        known.append("replicas")
+    chosen = {option: value for option, value in given.items() if value is not None}
+    if "sync" not in known and sync is Sync.NONE:
+        del chosen["sync"]
+    for option, value in chosen.items():
+        if option not in known:
+            shown = repr(value.value if isinstance(value, Enum) else value)
             raise ValueError(
-                f"semantics {semantics.value!r} does not apply to bp, which has no delay"
+                f"{option} {shown} does not apply to {name}, which takes {', '.join(known)}"
             )
-        return bp(num_stages)
-    raise ValueError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}")
+    schedule = build(num_stages, **chosen)
+    return schedule if replicas is None else data_parallel(schedule, replicas)

@@ -3,7 +3,7 @@
 A schedule is what compilers call a modulo schedule. Per worker it holds an ordered list of
 operation templates; template ``B0(t-2)`` says "in every iteration t, run the backward pass of
 stage 0 on sample t-2". Everything else (the unrolled programs, the weight versions that are read,
-the staleness) follows from the templates and from one `Rule`.
+the staleness) follows from the templates and from one `Rule` (`ddg_sim.rule`).
 
 The simulator times this object, `theory` iterates it and `ddg_gpu` executes it. No times live here.
 Stages, workers, samples, iterations and versions all count from 0.
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+
+from ddg_sim.rule import Activations, Gradient, Jacobian, Rule, Transform, TransformKind
 
 
 class ScheduleError(ValueError):
@@ -58,34 +60,12 @@ class Sync(Enum):
     MAILBOX = "mailbox"
 
 
-class Activations(Enum):
-    """What a stage keeps of a sample between its forward and its backward pass."""
-
-    GRAPH = "graph"
-    INPUT = "input"
-
-
-class Jacobian(Enum):
-    """At which weights a stage differentiates: those the sample saw, or those it has now."""
-
-    STASHED = "stashed"
-    CURRENT = "current"
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What a method does to the numbers, beyond order and delay."""
-
-    activations: Activations = Activations.GRAPH
-    jacobian: Jacobian = Jacobian.STASHED
-
-
 @dataclass(frozen=True, slots=True)
 class Op:
     """One operation of an unrolled program.
 
-    ``version`` is the version of the stage's weights that is read (F, B, R) or produced (U); a
-    version is the number of updates the stage has had.
+    ``version`` is the version of the stage's weights that is read (produced, for U); a version is
+    the number of updates the stage has had.
 
     >>> print(Op(OpKind.FORWARD, stage=1, iteration=5, sample=4, version=3))
     F1(4)v3@5
@@ -155,6 +135,24 @@ def backward(stage: int, sample: int = 0) -> OpTemplate:
     return OpTemplate(OpKind.BACKWARD, stage, sample)
 
 
+def backward_input(stage: int, sample: int = 0) -> OpTemplate:
+    """Template of the first half of a backward pass: the gradient of the input.
+
+    >>> print(backward_input(0, sample=-1))
+    I0(t-1)
+    """
+    return OpTemplate(OpKind.BACKWARD_INPUT, stage, sample)
+
+
+def backward_weight(stage: int, sample: int = 0) -> OpTemplate:
+    """Template of the second half of a backward pass: the gradient of the weights.
+
+    >>> print(backward_weight(0, sample=-1))
+    W0(t-1)
+    """
+    return OpTemplate(OpKind.BACKWARD_WEIGHT, stage, sample)
+
+
 def update(stage: int, sample: int = 0) -> OpTemplate:
     """Template of a weight update with the gradients of all samples up to ``m*t + sample``.
 
@@ -164,12 +162,24 @@ def update(stage: int, sample: int = 0) -> OpTemplate:
     return OpTemplate(OpKind.UPDATE, stage, sample)
 
 
+def all_reduce(stage: int, sample: int = 0) -> OpTemplate:
+    """Template of the mean, over all replicas, of the gradients that the update needs.
+
+    >>> print(all_reduce(0, sample=-1))
+    A0(t-1)
+    """
+    return OpTemplate(OpKind.ALL_REDUCE, stage, sample)
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """A periodic schedule: what every worker runs in every iteration, in this order.
 
     An operation whose sample does not exist is skipped. That is the whole warm-up rule (samples
     below 0) and the whole drain rule (samples that were never fed).
+
+    A stage may have its forward passes on one worker and everything else on another. Then a
+    forward pass of iteration t reads what iterations before t have produced.
 
     Args:
         method: name of the training method, without spaces.
@@ -178,6 +188,10 @@ class Schedule:
         sync: what workers wait for beyond data.
         rule: what the method does to the numbers.
         samples_per_iteration: samples (micro-batches) m >= 1 that enter per iteration.
+        replicas: copies of all workers that train on different samples; those of a stage meet at
+            its all-reduce operation.
+        queue: most activations that a stage may be ahead of the next one; 0 sets no limit beyond
+            the errors that it waits for.
     """
 
     method: str
@@ -186,21 +200,25 @@ class Schedule:
     sync: Sync = Sync.NONE
     rule: Rule = Rule()
     samples_per_iteration: int = 1
+    replicas: int = 1
+    queue: int = 0
 
     def __str__(self) -> str:
         return render(self)
 
-    def worker_of(self, stage: int) -> int:
-        """Index of the worker that holds ``stage``.
+    def worker_of(self, stage: int, kind: OpKind = OpKind.UPDATE) -> int:
+        """Index of the worker that runs the operations of that kind of ``stage``.
 
-        >>> from ddg_sim.methods import ddg
+        >>> from ddg_sim.methods import ddg, pd_asgd
         >>> ddg(3).worker_of(2)
         2
+        >>> pd_asgd(3).worker_of(2), pd_asgd(3).worker_of(2, OpKind.FORWARD)
+        (1, 0)
         """
         for worker, body in enumerate(self.workers):
-            if any(template.stage == stage for template in body):
+            if any(template.stage == stage and template.kind is kind for template in body):
                 return worker
-        raise ScheduleError(f"stage {stage} has no operation on any worker")
+        raise ScheduleError(f"stage {stage} has no {kind.noun} operation on any worker")
 
     def sample_of(self, template: OpTemplate, iteration: int) -> int:
         """Sample on which ``template`` acts in ``iteration`` (it may not exist).
@@ -248,32 +266,19 @@ class Schedule:
         F0(1)v0@1 B0(0)v0@1 U0(0)v1@1
         None B0(1)v0@2 U0(1)v2@2
         """
-        body = self.workers[worker]
-        newest = {template.stage: 0 for template in body}
-        read: dict[tuple[int, int], int] = {}  # (stage, sample) -> version its forward pass read
-        total = iterations * self.samples_per_iteration
+        body, m = self.workers[worker], self.samples_per_iteration
+        readings = _readings(self, worker)
+        total = iterations * m
         for iteration in range(self.num_ticks(iterations, drain)):
             ops: list[Op | None] = []
-            for template in body:
-                stage, sample = template.stage, self.sample_of(template, iteration)
-                if not 0 <= sample < total:
+            for template, reading in zip(body, readings, strict=True):
+                sample = m * iteration + template.sample
+                if 0 <= sample < total:
+                    version = reading.version(iteration, iterations)
+                    ops.append(Op(template.kind, template.stage, iteration, sample, version))
+                else:
                     ops.append(None)
-                    continue
-                version = newest[stage]
-                if template.kind is OpKind.FORWARD:
-                    version = read[stage, sample] = max(0, version - template.version_lag)
-                elif template.kind is OpKind.UPDATE:
-                    version = newest[stage] = version + 1
-                    self._forget(read, stage, sample)
-                elif self.rule.jacobian is Jacobian.STASHED:
-                    version = read[stage, sample]
-                ops.append(Op(template.kind, stage, iteration, sample, version))
             yield tuple(ops)
-
-    def _forget(self, read: dict[tuple[int, int], int], stage: int, sample: int) -> None:
-        """Drop what was noted for the samples of an update, so that unrolling stays lazy."""
-        for used in range(sample - self.samples_per_iteration + 1, sample + 1):
-            read.pop((stage, used), None)
 
     def program(self, worker: int, iterations: int, drain: bool = True) -> Iterator[Op]:
         """Unroll a worker's program, lazily, without the skipped operations.
@@ -286,27 +291,113 @@ class Schedule:
             yield from (op for op in tick if op is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Which version an operation reads: in iteration t there have been t - ``since`` updates.
+
+    ``lag`` is how many updates older than the newest it reads. ``since`` None: never an update.
+    """
+
+    since: int | None
+    lag: int = 0
+
+    def version(self, iteration: int, iterations: int) -> int:
+        """Version in ``iteration`` of a run that is fed ``iterations`` iterations."""
+        if self.since is None:
+            return 0
+        return max(0, min(max(0, iteration - self.since), iterations) - self.lag)
+
+
+_Place = tuple[int, int, OpTemplate]  # worker, position in its loop body, template
+
+
+def _places(schedule: Schedule, worker: int | None = None) -> dict[tuple[OpKind, int, int], _Place]:
+    """Forward (per sample of a group) and update operations of all stages, or of a worker's."""
+    m, table = schedule.samples_per_iteration, {}
+    for index, body in enumerate(schedule.workers):
+        if worker in (None, index):
+            for position, template in enumerate(body):
+                key = (template.kind, template.stage, template.sample % m)
+                if template.kind in (OpKind.FORWARD, OpKind.UPDATE):
+                    table[key] = (index, position, template)
+    return table
+
+
+def _reading(schedule: Schedule, place: _Place, update: _Place | None) -> _Reading:
+    """What an operation reads that takes the newest weights there are at its place."""
+    if update is None:
+        return _Reading(None)
+    m, (worker, position, template) = schedule.samples_per_iteration, place
+    first = -(update[2].sample // m)  # iteration of the first update
+    earlier = update[0] == worker and update[1] < position  # in the same iteration
+    lag = template.version_lag if template.kind is OpKind.FORWARD else 0
+    return _Reading(first - earlier, lag)
+
+
+def _readings(schedule: Schedule, worker: int) -> list[_Reading]:
+    """Per operation of a worker's loop body what it reads (an update: what it produces)."""
+    m, body = schedule.samples_per_iteration, schedule.workers[worker]
+    places = _places(schedule, worker)
+    stages = {template.stage for template in body}
+    here = {(kind, stage) for kind, stage, _ in places}
+    if any((kind, stage) not in here for stage in stages for kind in _SPLIT):
+        places = _places(schedule)
+    found = []
+    for position, template in enumerate(body):
+        stage = template.stage
+        update = places.get((OpKind.UPDATE, stage, m - 1))
+        forward = places.get((OpKind.FORWARD, stage, template.sample % m))
+        newest = _reading(schedule, (worker, position, template), update)
+        stashes = schedule.rule.jacobian is Jacobian.STASHED and template.kind in _DIFFERENTIATES
+        if template.kind is OpKind.UPDATE and newest.since is not None:
+            newest = _Reading(newest.since - 1)
+        elif stashes and forward is not None:
+            read = _reading(schedule, forward, update)
+            later = (forward[2].sample - template.sample) // m  # iterations since the forward pass
+            newest = _Reading(None if read.since is None else read.since + later, read.lag)
+        found.append(newest)
+    return found
+
+
+_SPLIT = (OpKind.FORWARD, OpKind.UPDATE)
+_DIFFERENTIATES = (
+    OpKind.RECOMPUTE,
+    OpKind.BACKWARD,
+    OpKind.BACKWARD_INPUT,
+    OpKind.BACKWARD_WEIGHT,
+)
+
+
+def staleness_levels(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
+    """Updates between reading the weights and applying the gradient, in steady state.
+
+    Per stage, for every sample of the group that one update uses. An update produces version
+    g + 1 from group g, whose sample j was run forward in iteration g + (j - offset)/m.
+
+    >>> from ddg_sim.methods import adl
+    >>> staleness_levels(adl(3, accumulate=4))
+    ((1, 1, 1, 1), (1, 1, 0, 0), (0, 0, 0, 0))
+    """
+    m, places = schedule.samples_per_iteration, _places(schedule)
+    levels: list[list[int]] = [[] for _ in range(schedule.num_stages)]
+    for (kind, stage, sample), place in sorted(places.items(), key=lambda item: item[0][2]):
+        if kind is OpKind.FORWARD:
+            read = _reading(schedule, place, places.get((OpKind.UPDATE, stage, m - 1)))
+            if read.since is not None:
+                levels[stage].append(read.since + read.lag - (sample - place[2].sample) // m)
+    return tuple(map(tuple, levels))
+
+
 def staleness(schedule: Schedule) -> tuple[int, ...]:
     """Updates, per stage, between reading the weights and applying the gradient; steady state.
 
-    With several samples per update the oldest read counts.
+    With several samples per update the oldest read counts, see `staleness_levels`.
 
     >>> from ddg_sim.methods import bp, ddg
     >>> staleness(bp(3)), staleness(ddg(3))
     ((0, 0, 0), (2, 1, 0))
     """
-    found = [0] * schedule.num_stages
-    for worker in range(len(schedule.workers)):
-        read: dict[tuple[int, int], int] = {}
-        for op in schedule.program(worker, steady_iterations(schedule), drain=False):
-            if op.kind is OpKind.FORWARD:
-                read[op.stage, op.sample] = op.version
-            elif op.kind is OpKind.UPDATE:
-                first = op.sample - schedule.samples_per_iteration + 1
-                for sample in range(max(0, first), op.sample + 1):
-                    age = op.version - 1 - read.pop((op.stage, sample))
-                    found[op.stage] = max(found[op.stage], age)
-    return tuple(found)
+    return tuple(max(levels, default=0) for levels in staleness_levels(schedule))
 
 
 def steady_iterations(schedule: Schedule) -> int:
@@ -325,10 +416,7 @@ def steady_iterations(schedule: Schedule) -> int:
 
 # --- Text ---------------------------------------------------------------------------------------
 
-_HEADER = re.compile(
-    r"(?P<method>\S+) stages=(?P<stages>\d+) sync=(?P<sync>\w+)"
-    r" activations=(?P<activations>\w+) jacobian=(?P<jacobian>\w+) samples=(?P<samples>\d+)"
-)
+_HEADER = re.compile(r"(?P<method>\S+) stages=(?P<stages>\d+) (?P<rest>sync=.*)")
 _WORKER = re.compile(r"worker (?P<worker>\d+): (?P<body>.*)")
 _TEMPLATE = re.compile(
     r"(?P<kind>[A-Z])(?P<stage>\d+)\((?P<m>\d*)t(?P<sample>[+-]\d+)?\)(v-(?P<lag>\d+))?"
@@ -348,12 +436,18 @@ def render(schedule: Schedule) -> str:
     worker 1: F1(t) B1(t-1) U1(t-1)
     worker 2: F2(t) B2(t) U2(t)
     """
-    m = schedule.samples_per_iteration
-    lines = [
-        f"{schedule.method} stages={schedule.num_stages} sync={schedule.sync.value}"
-        f" activations={schedule.rule.activations.value}"
-        f" jacobian={schedule.rule.jacobian.value} samples={m}"
+    m, rule = schedule.samples_per_iteration, schedule.rule
+    words = [
+        f"{schedule.method} stages={schedule.num_stages} sync={schedule.sync.value}",
+        f"activations={rule.activations.value} jacobian={rule.jacobian.value} samples={m}",
     ]
+    if rule.gradient is not Gradient.NEXT:
+        words.append(f"gradient={rule.gradient.value}")
+    if schedule.queue:
+        words.append(f"queue={schedule.queue}")
+    if schedule.replicas != 1:
+        words.append(f"replicas={schedule.replicas}")
+    lines = [" ".join([*words, *map(str, rule.transforms)])]
     for worker, body in enumerate(schedule.workers):
         lines.append(f"worker {worker}: " + " ".join(template.text(m) for template in body))
     return "\n".join(lines)
@@ -373,25 +467,41 @@ def parse(text: str) -> Schedule:
     header = _HEADER.fullmatch(lines[0]) if lines else None
     if header is None:
         raise ScheduleError(f"line 1: expected 'METHOD stages=K sync=…', got {lines[:1]}")
-    m = int(header["samples"])
+    try:
+        empty = _parse_header(header)
+    except (ValueError, KeyError) as error:
+        missing = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ScheduleError(f"line 1: {missing}") from None
     workers: list[tuple[OpTemplate, ...]] = []
     for number, line in enumerate(lines[1:], start=2):
         match = _WORKER.fullmatch(line)
         if match is None or int(match["worker"]) != len(workers):
             expected = f"worker {len(workers)}: …"
             raise ScheduleError(f"line {number}: expected {expected!r}, got {line!r}")
-        workers.append(tuple(_parse_template(word, m, number) for word in match["body"].split()))
-    try:
-        return Schedule(
-            header["method"],
-            int(header["stages"]),
-            tuple(workers),
-            Sync(header["sync"]),
-            Rule(Activations(header["activations"]), Jacobian(header["jacobian"])),
-            m,
-        )
-    except ValueError as error:
-        raise ScheduleError(f"line 1: {error}") from None
+        words, m = match["body"].split(), empty.samples_per_iteration
+        workers.append(tuple(_parse_template(word, m, number) for word in words))
+    return replace(empty, workers=tuple(workers))
+
+
+def _parse_header(header: re.Match[str]) -> Schedule:
+    """A schedule without workers, from the words 'name=value' of line 1."""
+    parts = (word.partition("=") for word in header["rest"].split())
+    words = {name: value for name, _, value in parts}
+
+    def take(name: str, default: str | None = None) -> str:
+        return words.pop(name) if default is None else words.pop(name, default)
+
+    sync, samples = Sync(take("sync")), int(take("samples"))
+    activations, jacobian = Activations(take("activations")), Jacobian(take("jacobian"))
+    gradient = Gradient(take("gradient", Gradient.NEXT.value))
+    queue, replicas = int(take("queue", "0")), int(take("replicas", "1"))
+    transforms = tuple(
+        Transform(TransformKind(name), tuple(map(float, values.split(","))))
+        for name, values in words.items()
+    )
+    rule = Rule(activations, jacobian, gradient, transforms)
+    stages = int(header["stages"])
+    return Schedule(header["method"], stages, (), sync, rule, samples, replicas, queue)
 
 
 def _parse_template(word: str, samples_per_iteration: int, line: int) -> OpTemplate:

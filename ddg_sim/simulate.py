@@ -12,7 +12,7 @@ import simpy
 
 from ddg_sim.costs import Costs
 from ddg_sim.eventgraph import check_stages
-from ddg_sim.lowering import Barrier, Message, Receive, Send, instructions
+from ddg_sim.lowering import Barrier, Message, Receive, Send, channels, instructions
 from ddg_sim.schedule import Op, Schedule, ScheduleError
 from ddg_sim.timeline import Span, Timeline, message_span, op_span, worker_lane
 
@@ -82,7 +82,13 @@ class _Run:
         self.env = simpy.Environment(initial_time=0.0)
         self.spans: list[Span] = []
         self.waits: dict[int, str] = {}
-        self._home = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
+        self._ends = {
+            (channel.relation, channel.source, channel.target): (
+                channel.dependency.source.worker,
+                channel.dependency.target.worker,
+            )
+            for channel in channels(schedule)
+        }
         self._arrived: dict[Message, simpy.Event] = {}
         self._links: dict[tuple[int, int], simpy.Store] = {}
         self._barriers: dict[int, tuple[simpy.Event, list[int]]] = {}
@@ -112,7 +118,7 @@ class _Run:
         return self._arrived.setdefault(message, self.env.event())
 
     def _send(self, message: Message) -> None:
-        ends = self._home[message.source], self._home[message.target]
+        ends = self._ends[message.relation, message.source, message.target]
         if ends not in self._links:
             self._links[ends] = simpy.Store(self.env)
             self.env.process(self._carry(self._links[ends]))

@@ -53,9 +53,11 @@ def worker_lane(schedule: Schedule, worker: int) -> str:
     'stage 1'
     """
     stages = sorted({template.stage for template in schedule.workers[worker]})
-    if len(stages) == 1:
+    kinds = {template.kind for template in schedule.workers[worker]}
+    if len(stages) == 1 and {OpKind.FORWARD, OpKind.UPDATE} <= kinds:
         return f"stage {stages[0] + 1}"
-    return f"worker {worker + 1} (stages {', '.join(str(stage + 1) for stage in stages)})"
+    plural = "s" if len(stages) > 1 else ""
+    return f"worker {worker + 1} (stage{plural} {', '.join(str(k + 1) for k in stages)})"
 
 
 def op_span(lane: str, op: Op, start: float, end: float) -> Span:
@@ -155,10 +157,14 @@ class Timeline:
         """
         ticks = self._steady_ticks()
         busy = np.zeros((len(self.schedule.workers), max(1, len(ticks))))
-        home = [self.schedule.worker_of(stage) for stage in range(self.schedule.num_stages)]
+        home = {
+            (template.kind, template.stage): worker
+            for worker, body in enumerate(self.schedule.workers)
+            for template in body
+        }
         for span, op in self.operations:
             if op.iteration in ticks:
-                busy[home[op.stage], op.iteration - ticks.start] += span.duration
+                busy[home[op.kind, op.stage], op.iteration - ticks.start] += span.duration
         if self.period <= 0:
             return (0.0,) * len(busy)
         return tuple(float(seconds) / self.period for seconds in np.median(busy, axis=1))

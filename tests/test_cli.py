@@ -444,6 +444,9 @@ WRONG = [
     ("simulate ddg --stages 2.5", ["--stages", "2.5", "integer"]),
     ("simulate ddg --stages nan", ["--stages", "nan"]),
     ("simulate ddg --stages ''", ["--stages", "''"]),
+    ("simulate gpipe --stages 4 --chunks 2", ["chunks 2 does not apply to gpipe", "micro_batches"]),
+    ("simulate interleaved --stages 3", ["num_stages must be a multiple of chunks=2, got 3"]),
+    (f"{FIT.replace('ddg', 'petra', 1)}", ["petra", "torch backend", "reconstruct"]),
     ("simulate sgd --stages 2", ["method", "'sgd'", "bp, ddg"]),
     (f"{SIM} --sync lock", ["--sync", "'lock'", "none, barrier, mailbox"]),
     ("simulate bp --stages 2 --sync barrier", ["sync", "'barrier'", "bp"]),
@@ -777,3 +780,10 @@ def test_one_core_is_warned_of(tmp_path: Path, words: str):
     assert result.err.count("\n") == 1
     [warning] = result.json["warnings"]
     assert "means nothing" in warning
+
+
+@pytest.mark.parametrize("name", ["interleaved", "ouroboros", "pd-asgd", "gpipe", "dgl"])
+def test_every_kind_of_method_is_predicted(ddg: Ddg, name: str):
+    text = ddg(f"simulate {name} --stages 4 --iterations 5").out
+    assert f"{name} on 4 stages" in text
+    assert "bounds you" in text

@@ -14,7 +14,7 @@ from strategies import costed, costs_for, ends_without_draining, quarters
 
 from ddg_sim.costs import Costs, costs
 from ddg_sim.cycletime import cycle_time, evaluate
-from ddg_sim.dependencies import barrier_indices, dependencies, template_at
+from ddg_sim.dependencies import Node, barrier_indices, dependencies, template_at
 from ddg_sim.eventgraph import event_graph, retiming
 from ddg_sim.methods import Semantics, bp, ddg
 from ddg_sim.schedule import Schedule, ScheduleError, Sync, backward, forward, update
@@ -121,7 +121,7 @@ def test_overhead_is_paid_by_every_operation():
 
 
 def brute_force(schedule, prices):
-    """Largest ratio over all simple cycles of the graph of `dependencies`, barriers all to all."""
+    """Largest ratio over all simple cycles of `dependencies` and of barriers, all to all."""
     graph = networkx.DiGraph()
     messages = {}
 
@@ -145,6 +145,12 @@ def brute_force(schedule, prices):
         messages.setdefault((edge.source.worker, edge.target.worker), []).append((transfer, cost))
         connect(edge.source, transfer, 0, seconds(edge.source))
         connect(transfer, edge.target, edge.tokens, cost)
+    meetings = [barrier_indices(schedule, worker) for worker in range(len(schedule.workers))]
+    for group in zip(*meetings, strict=True):
+        for one, other in itertools.permutations(enumerate(group), 2):
+            (worker, position), length = other, len(schedule.workers[other[0]])
+            target, tokens = Node(worker, (position + 1) % length), int(position + 1 == length)
+            connect(Node(*one), target, tokens, seconds(Node(*one)) + prices.barrier)
     for queue in messages.values():
         queue.sort()
         for (one, cost), (other, _) in itertools.pairwise(queue):

@@ -25,11 +25,9 @@ from ddg_gpu.stage import Stage, seeded
 from ddg_gpu.train import one_thread
 from ddg_sim.lowering import memory
 from ddg_sim.methods import Semantics, bp, ddg
+from ddg_sim.rule import Activations, Jacobian, Rule
 from ddg_sim.schedule import (
-    Activations,
-    Jacobian,
     OpKind,
-    Rule,
     Schedule,
     ScheduleError,
     Sync,

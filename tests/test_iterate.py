@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from noisy_quadratic import NoisyQuadratic, damping, stability_limit
 
 from ddg_sim.methods import Semantics, bp, ddg
-from ddg_sim.schedule import Jacobian, OpKind, OpTemplate, Rule, Schedule, backward, forward, update
+from ddg_sim.rule import Jacobian, Rule
+from ddg_sim.schedule import OpKind, OpTemplate, Schedule, backward, forward, update
 from theory.iterate import iterate, snapshot_delays
 from theory.paths import sample_paths
 from theory.problems import PROBLEMS, make

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from ddg_sim.schedule import Op, OpKind, Rule, Schedule, steady_iterations
+from ddg_sim.schedule import Op, OpKind, Schedule, steady_iterations
 from theory.gradients import align, engine_for, spread
 from theory.protocols import FloatArray, IntArray, Problem
 
@@ -196,10 +196,9 @@ def _validate(
             f"schedule has {schedule.num_stages} stages, problem {problem.name!r} has "
             f"{len(problem.blocks)} blocks"
         )
-    rule = schedule.rule
-    if rule != Rule(rule.activations, rule.jacobian):
+    if part := schedule.rule.unusual():
         # Better no answer than one that leaves out a gradient transform.
-        raise ValueError(f"schedule.rule has parts unknown to the NumPy executor: {rule}")
+        raise ValueError(f"schedule {schedule.method!r}: the NumPy executor does not know {part}")
     for template in schedule.templates():
         if template.kind not in _UNDERSTOOD:
             raise ValueError(f"schedule: {template} has no meaning for the NumPy executor")
