@@ -26,13 +26,16 @@ TOLERANCE = 1e-9
 ROUNDS = 50
 #: Once value and bound are as close as this, ask outright whether anything is better.
 NEAR = 1e-3
-#: Undominated partial choices that are kept per cut position; and again, if nothing is found.
-QUICK_LABELS = (16, 128)
-MOST_LABELS = (16, 128, 1024)
+#: Pairs of partial choices that one search may compare: a few seconds.
+MOST_PAIRS = 20_000_000
+#: Once they are as close as this, no partial choices count as one that differ at all.
+FINE = 1e-5
+#: First solved with cuts at multiples of these positions only.
+STRIDES = (32, 8)
 
 
 class TooManyLabelsError(Exception):
-    """More undominated partial choices than are allowed: to decide would take too long."""
+    """More undominated partial choices than `MOST_PAIRS` allows for: it would take too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +69,19 @@ class Cuts:
         self.num_cuts, _, self.size = basis.shape
         position = np.arange(self.size)
         first = np.arange(1, self.num_cuts + 1)[:, None]
-        self.possible = (position >= first) & (position < self.size - self.num_cuts - 1 + first)
+        self._room = (position >= first) & (position < self.size - self.num_cuts - 1 + first)
+        self.stride = 1  # only multiples of it are looked at
         self.rows: list[Row] = []
         self.tables = np.zeros((0, self.num_cuts, self.size))
         self.const, self.rate, self.limit = np.zeros(0), np.zeros(0), np.zeros(0)
         self.rounding = np.zeros(0)
         self._points: list[tuple[int, ...]] = []
         self._weights = np.zeros((0, 0))
+
+    @property
+    def possible(self) -> npt.NDArray[np.bool_]:
+        """Which positions each cut may have, shape (K-1, L+1)."""
+        return np.asarray(self._room & (np.arange(self.size) % self.stride == 0))
 
     def add(self, row: Row) -> None:
         """Add a constraint."""
@@ -119,7 +128,7 @@ class Cuts:
                 best, best_weights = least, weights
             if cuts not in self._points:
                 self._points.append(cuts)
-            points = np.array(self._points, dtype=int).reshape(-1, self.num_cuts)
+            points = np.array(self._points, dtype=int).reshape(len(self._points), self.num_cuts)
             values = tables[:, np.arange(self.num_cuts), points].sum(axis=2) + const[:, None]
             # Maximise θ under θ <= Σ weights · values of every point, weights >= 0, Σ weights = 1.
             solved = linprog(
@@ -139,13 +148,15 @@ class Cuts:
         self._weights[:, rated] = mixed / self.rate[rated]
         return best
 
-    def earliest(
-        self, level: float, most_labels: tuple[int, ...] = MOST_LABELS
-    ) -> tuple[int, ...] | None:
+    def earliest(self, level: float, coarseness: float = 0.0) -> tuple[int, ...] | None:
         """The lexicographically first cuts that keep every constraint at this level, if any.
 
+        With a ``coarseness`` partial choices that differ by less than that count as one: what is
+        found keeps every constraint all the same, but need not be the first, and None says only
+        that nothing does at ``level - coarseness * (K-1)``.
+
         Raises:
-            TooManyLabelsError: if that cannot be decided with so many partial choices.
+            TooManyLabelsError: if that takes more than `MOST_PAIRS` comparisons.
         """
         slack = self.rate * level + self.limit - self.const + self.rounding
         if self.num_cuts == 0:
@@ -162,11 +173,8 @@ class Cuts:
         if not len(own):  # every choice will do
             return _walk_freely(allowed)
         keys = np.array([self.rows[row].coefficients for row in own]) + 0.0
-        for limit in most_labels:
-            with contextlib.suppress(TooManyLabelsError):
-                search = _Search(tables[binding], slack[binding], keys, allowed, limit)
-                return search.earliest(self.rounding[own])
-        raise TooManyLabelsError
+        search = _Search(tables[binding], slack[binding], keys, allowed)
+        return search.earliest(coarseness * self.rate[own], self.rounding[own])
 
 
 def _propagate(
@@ -229,7 +237,6 @@ class _Search:
         keys: of the first constraints, what tells their tables apart, per cut. The other
             constraints follow from these: they prune labels, but need not be compared.
         allowed: cuts, positions.
-        most_labels: how many to keep per position.
     """
 
     def __init__(
@@ -238,15 +245,13 @@ class _Search:
         slack: Array,
         keys: Array,
         allowed: npt.NDArray[np.bool_],
-        most_labels: int,
     ) -> None:
         self.tables, self.start, self.keys, self.allowed = tables, -slack, keys, allowed
         self.least = _least_before(np.where(allowed, tables, np.inf))
         self.most = -_least_before(np.where(allowed, -tables, np.inf))
-        self.most_labels = most_labels
-        self.complete = True
+        self.pairs = 0
 
-    def earliest(self, rounding: Array) -> tuple[int, ...] | None:
+    def earliest(self, coarse: Array, rounding: Array) -> tuple[int, ...] | None:
         labels: list[dict[int, Array]] = []
         _, cuts, size = self.tables.shape
         groups = self._groups(cuts)
@@ -254,10 +259,8 @@ class _Search:
         np.maximum.at(values, groups, self.start)
         after = {size: values[None]}
         for cut in reversed(range(cuts)):
-            after, groups = self._extend(cut, after, groups)
+            after, groups = self._extend(cut, after, groups, coarse)
             if not after:
-                if not self.complete:
-                    raise TooManyLabelsError
                 return None
             labels.append(after)
         return self._walk(labels[::-1], rounding)
@@ -270,7 +273,7 @@ class _Search:
         return np.array([*found, *range(len(numbers), len(numbers) + implied)])
 
     def _extend(
-        self, cut: int, after: dict[int, Array], finer: npt.NDArray[np.intp]
+        self, cut: int, after: dict[int, Array], finer: npt.NDArray[np.intp], coarse: Array
     ) -> tuple[dict[int, Array], npt.NDArray[np.intp]]:
         """Labels of this cut from those of the next one."""
         groups = self._groups(cut)
@@ -280,26 +283,23 @@ class _Search:
         starts = np.searchsorted(groups[member][order], np.arange(len(representative)))
         shifts = self.tables[member, cut]  # (finer groups, positions)
         least, most = self.least[representative, cut], self.most[representative, cut]
-        ahead = self.least[member, cut + 1, -1]  # of the cuts up to this one, wherever they are
         found: dict[int, Array] = {}
         front = np.zeros((0, len(member)))
         compared = len(member) - (len(self.tables) - len(self.keys))
+        near = np.full(compared, np.inf)
+        np.minimum.at(near, finer[: len(coarse)], coarse)
         waiting = sorted(after)  # positions of the next cut, the largest last
         for position in np.flatnonzero(self.allowed[cut])[::-1]:
             while waiting and waiting[-1] > position:
-                front = _undominated(front, after[waiting.pop()], compared)
-                if len(front) > self.most_labels:
-                    self.complete = False
-                    bound = (front + ahead).max(axis=1)
-                    front = front[np.argsort(bound, kind="stable")[: self.most_labels]]
+                labels = after[waiting.pop()]
+                self.pairs += len(labels) * (len(front) + len(labels))
+                if self.pairs > MOST_PAIRS:
+                    raise TooManyLabelsError
+                front = _undominated(front, labels, near)
             merged = np.maximum.reduceat((front + shifts[:, position])[:, order], starts, axis=1)
             tightness = (merged + least[:, position]).max(axis=1)
-            keep = np.flatnonzero(tightness <= 0)
-            if len(keep) > self.most_labels:
-                self.complete = False
-                keep = keep[np.argsort(tightness[keep], kind="stable")[: self.most_labels]]
-            if len(keep):
-                kept = merged[keep]
+            kept = merged[tightness <= 0]
+            if len(kept):
                 kept[kept + most[:, position] <= 0] = -np.inf
                 found[int(position)] = kept
         return found, groups
@@ -323,13 +323,20 @@ class _Search:
         return tuple(cuts)
 
 
-def _undominated(front: Array, labels: Array, compared: int) -> Array:
-    """The labels, old and new, that no other is at most equal to in all compared columns."""
+def _undominated(front: Array, labels: Array, near: Array) -> Array:
+    """The labels, old and new, that no other is at most equal to in all compared columns.
+
+    A new one must be better than any old one by more than ``near`` somewhere; an old one leaves
+    only for one that is no worse, so that differences do not add up.
+    """
+    compared = len(near)
 
     def dominates(some: Array, others: Array) -> npt.NDArray[np.bool_]:
         return np.asarray((some[:, None, :compared] <= others[None, :, :compared]).all(axis=2))
 
-    labels = labels[~dominates(front, labels).any(axis=0)]
+    loosened = labels.copy()
+    loosened[:, :compared] += near
+    labels = labels[~dominates(front, loosened).any(axis=0)]
     among = dominates(labels, labels)
     among &= ~among.T | np.tri(len(labels), k=-1, dtype=bool).T  # of equal ones the first stays
     labels = labels[~among.any(axis=0)]
@@ -368,32 +375,53 @@ def minimise(
         The least value and, of cuts that attain it, the lexicographically first. Where that would
         take too long, the best that was found, with a lower bound that is less than its value.
     """
-    best, cuts = value_of(start), start
-    lower = floor = level = (
-        problem.lower_bound()
-    )  # nothing is below lower; or was found below floor
-    while best - floor > 2 * TOLERANCE * best:
-        known = len(problem.rows)
-        try:
-            found = problem.earliest(level, QUICK_LABELS)
-        except TooManyLabelsError:
-            found, floor = None, level
-        else:
+    cuts, best = start, value_of(start)
+    for stride in STRIDES:  # few positions first: the search is slow where bounds are loose
+        if problem.size >= 4 * stride * (problem.num_cuts + 1):
+            problem.stride = stride
+            cuts, best, _ = _descend(problem, value_of, cuts, best, NEAR)
+    problem.stride = 1
+    cuts, best, lower = _descend(problem, value_of, cuts, best, TOLERANCE)
+    with contextlib.suppress(TooManyLabelsError):
+        while True:  # of equally good cuts, the first
+            found = problem.earliest(best * (1 + TOLERANCE))
             if found is None:
-                lower = floor = level
-        if found is not None and (value := value_of(found)) < best:
+                break
+            if (value := value_of(found)) <= best * (1 + 2 * TOLERANCE):
+                cuts, best = found, value
+                break
+    return Minimum(cuts, best, min(lower, best))
+
+
+def _descend(
+    problem: Cuts,
+    value_of: Callable[[tuple[int, ...]], float],
+    cuts: tuple[int, ...],
+    best: float,
+    enough: float,
+) -> tuple[tuple[int, ...], float, float]:
+    """Better cuts, their value, and its lower bound; closer than ``enough`` if time allows."""
+    lower = level = problem.lower_bound()
+    coarseness = 0.0
+    while best - lower > 2 * enough * best:
+        known = len(problem.rows)
+        found = None
+        try:
+            found = problem.earliest(level, coarseness)
+        except TooManyLabelsError:
+            if level > lower:
+                coarseness = max(4 * coarseness, (level - lower) / 16 / problem.num_cuts)
+                if coarseness * problem.num_cuts < level - lower:
+                    continue
+                break  # not even roughly
+        if found is None:
+            lower = max(lower, level - coarseness * problem.num_cuts)
+        elif (value := value_of(found)) < best:
             best, cuts = value, found
         if len(problem.rows) > known:
             lower = max(lower, problem.lower_bound())
-            floor = max(lower, floor)
-        near = found is None and best - floor < NEAR * best
-        level = best * (1 - TOLERANCE) if near else (floor + best) / 2
-    try:
-        if lower < floor and problem.earliest(best * (1 - TOLERANCE), MOST_LABELS) is None:
-            lower = best * (1 - TOLERANCE)
-        while True:  # of equally good cuts, the first
-            found = problem.earliest(best * (1 + TOLERANCE), MOST_LABELS)
-            if found is None or (value := value_of(found)) <= best * (1 + 2 * TOLERANCE):
-                return Minimum(found or cuts, best if found is None else value, min(lower, best))
-    except TooManyLabelsError:
-        return Minimum(cuts, best, min(lower, best))
+        ask_outright = found is None and best - lower < NEAR * best
+        level = best * (1 - enough) if ask_outright else (lower + best) / 2
+        fine = best - lower < FINE * best or problem.num_cuts == 0
+        coarseness = 0.0 if fine else (level - lower) / 4 / problem.num_cuts
+    return cuts, best, lower
