@@ -46,7 +46,7 @@ MOST = 50
 PASSES = (OpKind.FORWARD, OpKind.BACKWARD)
 PAIRS = tuple(product(PASSES, PASSES))
 #: Seconds of computing around a message; a waiting core has gone to sleep by then.
-PAUSE = 0.03
+PAUSE = 0.005
 
 
 @dataclass(frozen=True, slots=True)
