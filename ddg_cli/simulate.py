@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,20 @@ from ddg_cli.output import (
 
 if TYPE_CHECKING:
     from ddg_sim.contention import Contention
+    from ddg_sim.whatif import Change
+
+#: Operations of a timeline that nobody asked to be longer, and the most that anybody may ask for.
+QUICK, LARGEST = 300_000, 3_000_000
+Times = str | None
+
+
+def _parsed(given: dict[str, Times]) -> dict[str, Any]:
+    """The options that were given, as times."""
+    return {
+        name: durations(f"--{name.replace('_', '-')}", text)
+        for name, text in given.items()
+        if text is not None
+    }
 
 
 def simulate(
@@ -33,21 +48,33 @@ def simulate(
             " petra, ouroboros, pd-asgd or dp."
         ),
     ],
-    stages: Annotated[int, typer.Option(min=1, help="Number of stages K.")],
-    forward: Annotated[
-        str | None,
-        typer.Option(help="Seconds per stage: 1 for all, 1,2,…, or gamma(1,0.1). [default: 1]"),
+    stages: Annotated[int, typer.Option(min=1, max=1000, help="Number of stages K.")],
+    forward: Annotated[Times, typer.Option(help="Seconds, forward pass. [default: 1]")] = None,
+    backward: Annotated[Times, typer.Option(help="Seconds, backward pass. [default: 2]")] = None,
+    update: Annotated[Times, typer.Option(help="Seconds, weight update. [default: 0]")] = None,
+    comm: Annotated[Times, typer.Option(help="Seconds per message and link. [default: 0]")] = None,
+    recompute: Annotated[
+        Times, typer.Option(help="Seconds, second forward pass. [default: as --forward]")
     ] = None,
-    backward: Annotated[
-        str | None, typer.Option(help="Seconds per stage: 2 for all, or 1,2,… [default: 2]")
+    all_reduce: Annotated[
+        Times, typer.Option(help="Seconds, gradients' mean over replicas. [default: 0]")
     ] = None,
-    update: Annotated[
-        str | None, typer.Option(help="Seconds per stage: one for all, or a list. [default: 0]")
+    overhead: Annotated[
+        Times, typer.Option(help="Host seconds per operation. [default: 0]")
     ] = None,
-    comm: Annotated[
-        str | None,
-        typer.Option(help="Seconds per message: one for all, or a list of K-1 links. [default: 0]"),
+    message: Annotated[
+        Times, typer.Option(help="Host seconds per message sent or received. [default: 0]")
     ] = None,
+    jitter: Annotated[
+        Times, typer.Option(help="Factor on every operation, drawn for each. [default: 1]")
+    ] = None,
+    slowdown: Annotated[
+        Times, typer.Option(help="Factor on all of a run, drawn once per run. [default: 1]")
+    ] = None,
+    barrier: Annotated[Times, typer.Option(help="Seconds per barrier. [default: 0]")] = None,
+    blocking: Annotated[
+        bool, typer.Option("--blocking", help="Senders wait until their message has arrived.")
+    ] = False,
     sync: Annotated[
         str | None, typer.Option(help="Synchronisation of ddg, fr: none, barrier or mailbox.")
     ] = None,
@@ -68,11 +95,21 @@ def simulate(
         int | None, typer.Option(help="Data-parallel copies of any method. [default: 1]")
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(min=1, help="Iterations of the timeline. [default: 100, or 4 K]")
+        int | None, typer.Option(min=1, help="Iterations of the timeline. [default: about 100]")
     ] = None,
     profile: Annotated[
         Path | None, typer.Option(help="Take the times from a file of 'ddg profile'.")
     ] = None,
+    vary: Annotated[
+        bool, typer.Option("--vary", help="Draw times from the profile's samples, not medians.")
+    ] = False,
+    precision: Annotated[
+        float, typer.Option(help="Where times vary: half width of the 95 % interval to aim at.")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws, where times vary.")] = 0,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Say which single changes would help most.")
+    ] = False,
     engine: Annotated[
         str, typer.Option(help="des: SimPy plays the run. cycle: exact max-plus evaluation.")
     ] = "cycle",
@@ -84,10 +121,14 @@ def simulate(
 ) -> None:
     """Predict speed, staleness and memory of a training method.
 
-    The times are given, measured by 'ddg profile', or 1 s forward and 2 s backward.
+    The times are given, measured by 'ddg profile', or 1 s forward and 2 s backward. A time is one
+    for all stages, a list (1,2,…), or a distribution: normal(mean,std), lognormal(mean,std),
+    gamma(mean,std), samples(a,b,…); a factor may also be straggler(probability,factor).
     """
     from ddg_sim import methods
+    from ddg_sim.contention import contended
     from ddg_sim.costs import costs
+    from ddg_sim.network import Network
     from ddg_sim.predict import predict
     from ddg_sim.profile import read
     from ddg_sim.schedule import Sync
@@ -106,24 +147,45 @@ def simulate(
         accumulate=accumulate,
     )
     given = {"forward": forward, "backward": backward, "update": update, "comm": comm}
-    chosen: dict[str, Any] = {
-        name: durations(f"--{name}", text) for name, text in given.items() if text is not None
-    }
+    given |= {"recompute": recompute, "all_reduce": all_reduce, "overhead": overhead}
+    given |= {"message": message, "barrier": barrier}
+    factors = {"jitter": jitter, "slowdown": slowdown}
+    chosen, varied = _parsed(given), _parsed(factors)
     contention: Contention | None = None
     if profile is not None:
         if chosen:
             raise ValueError(f"--{next(iter(chosen))} and --profile exclude each other")
         measured = read(profile)
-        table, contention = measured.costs(), measured.contention
-        if table.num_stages != stages:
+        prices, contention = measured.costs(), measured.contention
+        if vary:
+            prices = measured.varying_costs()
+        if prices.num_stages != stages:
             raise ValueError(
-                f"--stages {stages}: the profile {profile} has {table.num_stages} stages"
+                f"--stages {stages}: the profile {profile} has {prices.num_stages} stages"
             )
+        even = costs(stages, **varied)
+        prices = replace(prices, jitter=even.jitter, slowdown=even.slowdown)
     else:
-        table = costs(stages, **chosen)
+        if vary:
+            raise ValueError("--vary needs a --profile, whose samples it draws from")
+        prices = costs(stages, **chosen, **varied)
+    prices = replace(prices, network=Network(blocking=blocking))
+    per_iteration = sum(map(len, schedule.workers))
     if iterations is None:
-        iterations = max(100, 4 * stages)
-    found = predict(schedule, table, iterations, engine, contention)
+        iterations = min(max(100, 4 * stages), max(1, QUICK // per_iteration))
+    elif iterations * per_iteration > LARGEST:
+        raise ValueError(
+            f"--iterations {iterations}: that is {iterations * per_iteration:,} operations to"
+            f" simulate: give at most {LARGEST // per_iteration}"
+        )
+    found = predict(schedule, prices, iterations, engine, contention, precision, seed)
+    changes: list[Change] = []
+    if what_if:
+        from ddg_sim.whatif import improvements
+
+        if contention is not None:
+            prices = contended(schedule, prices, contention)
+        changes = improvements(schedule, prices)
     if trace is not None:
         from ddg_sim.trace import write_trace
 
@@ -146,6 +208,9 @@ def simulate(
                 "period_interval": [found.period.low, found.period.high],
                 "period_is_exact": found.period_is_exact,
                 "speedup_over_bp": found.speedup.value if found.speedup else None,
+                "speedup_interval": [found.speedup.low, found.speedup.high]
+                if found.speedup
+                else None,
                 "makespan": found.timeline.makespan,
                 "utilisation": found.utilisation,
                 "bubble": found.bubble,
@@ -154,6 +219,7 @@ def simulate(
                 "weight_versions": [stage.weight_versions for stage in found.memory],
                 "critical_cycle": found.cycle.critical_cycle if found.cycle else None,
                 "bound_by": found.bound_by,
+                "what_if": [asdict(change) for change in changes] if what_if else None,
             }
         )
         return
@@ -176,6 +242,13 @@ def simulate(
     print_line(f"period {period} per iteration, {speedup} over backpropagation")
     print_line(f"makespan {seconds(found.timeline.makespan)} for {iterations} iterations")
     print_line(found.bound_by)
+    if what_if:
+        print_table(
+            "what would help most",
+            ["change", "period", "saves"],
+            [[change.what, seconds(change.period), percent(change.gain)] for change in changes]
+            or [["none of the single changes that were tried", "", ""]],
+        )
     for path in (trace, plot):
         if path is not None:
             print_line(f"wrote {path}")

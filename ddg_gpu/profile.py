@@ -40,11 +40,13 @@ KEPT = 64
 #: Messages per link that are timed, and barriers.
 ROUNDS = 20
 #: Seconds that each kind of pass is timed alone, and beside the others', in each of so many turns.
-TURN, TURNS = 0.05, 6
+TURN, TURNS = 0.05, 4
+#: Most passes in one of these; all are kept until their backward pass.
+MOST = 50
 PASSES = (OpKind.FORWARD, OpKind.BACKWARD)
 PAIRS = tuple(product(PASSES, PASSES))
 #: Seconds of computing around a message; a waiting core has gone to sleep by then.
-PAUSE = 0.03
+PAUSE = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +345,7 @@ def _beside(job: Job, rank: int, given: dict[str, Any], _report: Report) -> dict
         return seconds
 
     counts = {
-        kind: max(1, round(TURN / max(timed(kind, 1, False) for _ in range(WARM_UP))))
+        kind: min(MOST, max(1, round(TURN / max(timed(kind, 1, False) for _ in range(WARM_UP)))))
         for kind in PASSES
     }
     ratios: dict[tuple[OpKind, OpKind], list[float]] = defaultdict(list)

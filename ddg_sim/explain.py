@@ -94,8 +94,12 @@ def _split(timed: Sequence[Timed]) -> list[list[Timed]]:
     for event, seconds in (*timed[first:], *timed[:first]):
         if _is_barrier(event):
             parts.append([])
-        else:
-            parts[-1].append((event, seconds))
+            continue
+        # A worker that comes last to a barrier goes on at once: it may be missing in the cycle.
+        ended = parts[-1] and parts[-1][-1][0].name.startswith("F")
+        if ended and event.template is not None and event.template.kind is not OpKind.FORWARD:
+            parts.append([])
+        parts[-1].append((event, seconds))
 
     def order(part: list[Timed]) -> int:
         return 0 if part[0][0].name.startswith("F") else 1

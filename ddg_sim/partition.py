@@ -19,13 +19,14 @@ import numpy as np
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import CycleTime, cycle_time
 from ddg_sim.dependencies import Relation
+from ddg_sim.descent import descend, enumerate_all
 from ddg_sim.eventgraph import Event, event_graph
 from ddg_sim.layers import LayerGraph
 from ddg_sim.lowering import memory
 from ddg_sim.network import FREE, Network
 from ddg_sim.rule import Activations
 from ddg_sim.schedule import OpKind, Schedule
-from ddg_sim.separable import Array, Cuts, Minimum, Row, descend, enumerate_all, minimise
+from ddg_sim.separable import Array, Cuts, Minimum, Row, minimise
 
 #: The functions of a cut's position of which everything else is a sum: what the layers before it
 #: cost (forward and backward seconds, parameter and output bytes), seconds of one transfer across
@@ -92,9 +93,14 @@ def partition(
     partitions whose periods agree to nine digits the one with the earliest cuts
     (lexicographically), so the same question has the same answer every time.
 
+    The time for it depends on how many cycles bound partitions that are nearly as good. Where
+    many do and the devices differ (barriers above all), it stops after some seconds: then
+    `Partition.lower_bound` says how much better a partition could be at most.
+
     Peak memory of a stage: parameters times (weight versions + ``optimizer_state``), and per live
-    sample the output of each of its layers and what came in; where the method keeps only the
-    stages' inputs, the outputs of one sample, while it is recomputed.
+    sample the output of each of its layers and what came in; where the method does not keep them
+    (recomputed, reconstructed, or only the newest sample's), those of one sample. A stage on
+    several workers counts on the one that runs its updates.
 
     Args:
         graph: L layers; seconds and bytes are those of one sample of the schedule (a micro-batch
@@ -113,12 +119,14 @@ def partition(
         message: host seconds that an operation spends on each message it sends or receives.
         network: how messages travel; it has no buses.
         quick: whether, where there are many cuts and enough memory, to be content with those that
-            moving a single one does not improve; `Partition.exact` says whether they are known to be optimal.
+            moving a single one does not improve; `Partition.exact` says whether they are known to
+            be optimal.
 
     Raises:
         DoesNotFitError: naming a device, what it needs and has, if nothing fits.
         ValueError: naming the argument, for fewer layers than stages, a wrong number of values,
-            or a value out of range.
+            or a value out of range; from `Costs`, for operations without a known cost
+            (all-reduce).
 
     >>> from ddg_sim.layers import Layer
     >>> from ddg_sim.methods import bp, ddg
@@ -165,10 +173,8 @@ def partition(
             problem.add(model.cycle_row(bound.cycle, bound.tokens))
         return bound.period
 
-    best: Minimum | None
     if math.comb(len(graph.layers) - 1, schedule.num_stages - 1) <= FEW:
         best = enumerate_all(problem, period)
-        assert best is not None  # start is one of them
     else:
         starts = [model.even_cuts(), *(model.bottleneck_cuts(w) for w in (0, 1, 2))]
         best = descend(problem, period, [start, *starts])
@@ -226,13 +232,21 @@ class _Network:
         self.fixed = fixed  # what does not depend on the cuts
         self.all_reduce_rate = np.array(all_reduce_rate)
         self.speed = np.array([per_worker[schedule.worker_of(k)] for k in range(stages)])
+        for worker, body in enumerate(schedule.workers):
+            for template in body:
+                if per_worker[worker] != self.speed[template.stage]:
+                    raise ValueError(
+                        f"speeds[{worker}] is {per_worker[worker]}, but stage {template.stage} is"
+                        f" also on a worker with speed {self.speed[template.stage]:g}: give"
+                        " workers that share a stage the same speed"
+                    )
         measured = [
             (layer.forward, layer.backward, layer.parameter_bytes, layer.output_bytes)
             for layer in graph.layers
         ]
         before = np.zeros((4, layers + 1))
         before[:, 1:] = np.cumsum(np.array(measured, dtype=float).T, axis=1)
-        crossing = _crossing(graph)
+        crossing = np.array(graph.crossings, dtype=float)
         self.basis = np.zeros((links, 6, layers + 1))
         self.basis[:, :TRANSFER] = before
         self.basis[:, CROSSING] = crossing
@@ -313,16 +327,18 @@ class _Network:
         """Peak bytes of every worker."""
         rows = []
         held = memory(self.schedule)
-        store_inputs = self.schedule.rule.activations is Activations.INPUT
+        kept = self.schedule.rule.activations
         for worker in range(len(self.schedule.workers)):
             per_stage = np.zeros((len(self.speed), 6))
             per_cut = np.zeros((len(self.speed) - 1, 6))
             for stage, need in enumerate(held):
                 if self.schedule.worker_of(stage) == worker:
                     per_stage[stage, PARAMETERS] = need.weight_versions + optimizer_state
-                    per_stage[stage, OUTPUTS] = 1 if store_inputs else need.activations
+                    live = need.activations
+                    per_stage[stage, OUTPUTS] = live if kept is Activations.GRAPH else 1
                     if stage > 0:
-                        per_cut[stage - 1, CROSSING] = need.activations
+                        inputs = kept in (Activations.GRAPH, Activations.INPUT)
+                        per_cut[stage - 1, CROSSING] = live if inputs else 1
             rows.append(self._row(per_stage, per_cut, 0.0, rate=1.0))
         return rows
 
@@ -352,18 +368,6 @@ _UNIT_FORWARD = Costs(forward=(1.0,), backward=(0.0,))
 _UNIT_BACKWARD = Costs(forward=(0.0,), backward=(1.0,))
 
 
-def _crossing(graph: LayerGraph) -> Array:
-    """Bytes that cross each cut; a layer's output counts from its layer to its last reader."""
-    last = list(range(len(graph.layers)))
-    for source, target in graph.edges:
-        last[source] = max(last[source], target)
-    change = np.zeros(len(graph.layers) + 1)
-    for source, target in enumerate(last):
-        change[source + 1] += graph.layers[source].output_bytes if target > source else 0
-        change[target + 1 :][:1] -= graph.layers[source].output_bytes if target > source else 0
-    return np.cumsum(change)
-
-
 def _values(
     name: str, value: float | Iterable[float], count: int, least: float | None = None
 ) -> list[float]:
@@ -379,7 +383,7 @@ def _values(
 
 
 def _misfit(network: _Network, held: list[Row], sizes: list[float]) -> str:
-    """Say which device is overfull even where the fullest is as little overfull as can be."""
+    """Say which device is overfull even where memory is shared out as well as can be."""
     problem = Cuts(network.basis)
     for row, size in zip(held, sizes, strict=True):
         if math.isfinite(size):

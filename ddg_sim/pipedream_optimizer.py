@@ -221,7 +221,7 @@ def _tables(
     for number in range(1, machines):
         for replicas in range(1, 2 if straight else number + 1):
             boundary = 2.0 * states.output / (bandwidth * replicas)
-            average = 4 * (replicas - 1) / (bandwidth * replicas)
+            rate = 4 * (replicas - 1) / (bandwidth * replicas)
             for state in range(1, count):
                 before = np.flatnonzero(states.inside[:, state])
                 if not len(before):
@@ -230,7 +230,7 @@ def _tables(
                 parameters = states.parameters[state] - states.parameters[before]
                 times = np.maximum(
                     np.maximum(best[number - replicas, before], boundary[before]),
-                    (seconds + average * parameters) / replicas,
+                    (seconds + rate * parameters) / replicas,
                 )
                 if state < count - 1:
                     times = np.maximum(times, boundary[state])

@@ -112,15 +112,15 @@ def predict(
     play = simulate if engine == "des" else evaluate
     timeline = play(schedule, costs, iterations, seed=seed)
     cycle = None if costs.network.buses else cycle_time(schedule, costs)
-    m = schedule.samples_per_iteration
+    samples = schedule.samples_per_iteration * schedule.replicas
     if costs.random:
         cases = {"this": (schedule, costs), "bp": (baseline, baseline_costs)}
         found = replicate(cases, STEADY + 2 * schedule.num_ticks(0), precision, seed=seed)
-        period, exact, before = estimate(found["this"]), False, m * float(found["bp"].mean())
-        speedup: Estimate | None = ratio(m * found["bp"], found["this"])
+        period, exact, before = estimate(found["this"]), False, samples * float(found["bp"].mean())
+        speedup: Estimate | None = ratio(samples * found["bp"], found["this"])
     else:
         value, exact = _period(schedule, costs, engine, timeline)
-        period, before = exactly(value), m * _bp_period(baseline, baseline_costs)
+        period, before = exactly(value), samples * _bp_period(baseline, baseline_costs)
         speedup = exactly(before / value) if value > 0 else None
     busy = [0.0] * len(schedule.workers)
     for event in event_graph(schedule).events:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +26,16 @@ TOLERANCE = 1e-9
 ROUNDS = 50
 #: Once value and bound are as close as this, ask outright whether anything is better.
 NEAR = 1e-3
-#: Undominated partial choices that are kept per cut position; and again, if nothing is found.
-QUICK_LABELS = (16, 128)
-MOST_LABELS = (16, 128, 1024)
+#: Pairs of partial choices that one search may compare: a few seconds.
+MOST_PAIRS = 20_000_000
+#: Once they are as close as this, no partial choices count as one that differ at all.
+FINE = 1e-5
+#: First solved with cuts at multiples of these positions only.
+STRIDES = (32, 8)
 
 
 class TooManyLabelsError(Exception):
-    """More undominated partial choices than are allowed: to decide would take too long."""
+    """More undominated partial choices than `MOST_PAIRS` allows for: it would take too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +69,19 @@ class Cuts:
         self.num_cuts, _, self.size = basis.shape
         position = np.arange(self.size)
         first = np.arange(1, self.num_cuts + 1)[:, None]
-        self.possible = (position >= first) & (position < self.size - self.num_cuts - 1 + first)
+        self._room = (position >= first) & (position < self.size - self.num_cuts - 1 + first)
+        self.stride = 1  # only multiples of it are looked at
         self.rows: list[Row] = []
         self.tables = np.zeros((0, self.num_cuts, self.size))
         self.const, self.rate, self.limit = np.zeros(0), np.zeros(0), np.zeros(0)
         self.rounding = np.zeros(0)
         self._points: list[tuple[int, ...]] = []
         self._weights = np.zeros((0, 0))
+
+    @property
+    def possible(self) -> npt.NDArray[np.bool_]:
+        """Which positions each cut may have, shape (K-1, L+1)."""
+        return np.asarray(self._room & (np.arange(self.size) % self.stride == 0))
 
     def add(self, row: Row) -> None:
         """Add a constraint."""
@@ -101,26 +109,12 @@ class Cuts:
         kept = self.values(cuts) <= self.limit + self.rounding
         return bool((kept | (self.rate > 0)).all())
 
-    def levels_around(self, cuts: tuple[int, ...]) -> Array:
-        """The level for every move of one of the cuts, shape (K-1, L+1); inf for what is no cut."""
-        chosen = self.tables[:, np.arange(self.num_cuts), list(cuts)]
-        moved = self.values(cuts)[:, None, None] - chosen[:, :, None] + self.tables
-        rated = self.rate > 0
-        levels = (moved - self.limit[:, None, None])[rated] / self.rate[rated, None, None]
-        least = np.asarray(levels.max(axis=0))
-        over = (moved > (self.limit + self.rounding)[:, None, None])[~rated].any(axis=0)
-        position = np.arange(self.size)
-        between = (position > np.array([0, *cuts[:-1]])[:, None]) & (
-            position < np.array([*cuts[1:], self.size - 1])[:, None]
-        )
-        least[over | ~between] = np.inf
-        return least
-
     def excludes(self, level: float) -> bool:
-        """Whether single constraints alone rule out all cuts at this level."""
+        """Whether single constraints on their own rule out all cuts at this level."""
         slack = self.rate * level + self.limit - self.const + self.rounding
         return self.num_cuts > 0 and _propagate(self.tables, slack, self.possible) is None
 
+    @property
     def relaxed(self) -> list[tuple[int, ...]]:
         """Cuts that `lower_bound` came across, those within limits."""
         return [point for point in self._points if self.within_limits(point)]
@@ -164,13 +158,15 @@ class Cuts:
         self._weights[:, rated] = mixed / self.rate[rated]
         return best
 
-    def earliest(
-        self, level: float, most_labels: tuple[int, ...] = MOST_LABELS
-    ) -> tuple[int, ...] | None:
+    def earliest(self, level: float, coarseness: float = 0.0) -> tuple[int, ...] | None:
         """The lexicographically first cuts that keep every constraint at this level, if any.
 
+        With a ``coarseness`` partial choices that differ by less than that count as one: what is
+        found keeps every constraint all the same, but need not be the first, and None says only
+        that nothing does at ``level - coarseness * (K-1)``.
+
         Raises:
-            TooManyLabelsError: if that cannot be decided with so many partial choices.
+            TooManyLabelsError: if that takes more than `MOST_PAIRS` comparisons.
         """
         slack = self.rate * level + self.limit - self.const + self.rounding
         if self.num_cuts == 0:
@@ -187,11 +183,8 @@ class Cuts:
         if not len(own):  # every choice will do
             return _walk_freely(allowed)
         keys = np.array([self.rows[row].coefficients for row in own]) + 0.0
-        for limit in most_labels:
-            with contextlib.suppress(TooManyLabelsError):
-                search = _Search(tables[binding], slack[binding], keys, allowed, limit)
-                return search.earliest(self.rounding[own])
-        raise TooManyLabelsError
+        search = _Search(tables[binding], slack[binding], keys, allowed)
+        return search.earliest(coarseness * self.rate[own], self.rounding[own])
 
 
 def _propagate(
@@ -254,7 +247,6 @@ class _Search:
         keys: of the first constraints, what tells their tables apart, per cut. The other
             constraints follow from these: they prune labels, but need not be compared.
         allowed: cuts, positions.
-        most_labels: how many to keep per position.
     """
 
     def __init__(
@@ -263,15 +255,13 @@ class _Search:
         slack: Array,
         keys: Array,
         allowed: npt.NDArray[np.bool_],
-        most_labels: int,
     ) -> None:
         self.tables, self.start, self.keys, self.allowed = tables, -slack, keys, allowed
         self.least = _least_before(np.where(allowed, tables, np.inf))
         self.most = -_least_before(np.where(allowed, -tables, np.inf))
-        self.most_labels = most_labels
-        self.complete = True
+        self.pairs = 0
 
-    def earliest(self, rounding: Array) -> tuple[int, ...] | None:
+    def earliest(self, coarse: Array, rounding: Array) -> tuple[int, ...] | None:
         labels: list[dict[int, Array]] = []
         _, cuts, size = self.tables.shape
         groups = self._groups(cuts)
@@ -279,10 +269,8 @@ class _Search:
         np.maximum.at(values, groups, self.start)
         after = {size: values[None]}
         for cut in reversed(range(cuts)):
-            after, groups = self._extend(cut, after, groups)
+            after, groups = self._extend(cut, after, groups, coarse)
             if not after:
-                if not self.complete:
-                    raise TooManyLabelsError
                 return None
             labels.append(after)
         return self._walk(labels[::-1], rounding)
@@ -295,7 +283,7 @@ class _Search:
         return np.array([*found, *range(len(numbers), len(numbers) + implied)])
 
     def _extend(
-        self, cut: int, after: dict[int, Array], finer: npt.NDArray[np.intp]
+        self, cut: int, after: dict[int, Array], finer: npt.NDArray[np.intp], coarse: Array
     ) -> tuple[dict[int, Array], npt.NDArray[np.intp]]:
         """Labels of this cut from those of the next one."""
         groups = self._groups(cut)
@@ -305,26 +293,23 @@ class _Search:
         starts = np.searchsorted(groups[member][order], np.arange(len(representative)))
         shifts = self.tables[member, cut]  # (finer groups, positions)
         least, most = self.least[representative, cut], self.most[representative, cut]
-        ahead = self.least[member, cut + 1, -1]  # of the cuts up to this one, wherever they are
         found: dict[int, Array] = {}
         front = np.zeros((0, len(member)))
         compared = len(member) - (len(self.tables) - len(self.keys))
+        near = np.full(compared, np.inf)
+        np.minimum.at(near, finer[: len(coarse)], coarse)
         waiting = sorted(after)  # positions of the next cut, the largest last
         for position in np.flatnonzero(self.allowed[cut])[::-1]:
             while waiting and waiting[-1] > position:
-                front = _undominated(front, after[waiting.pop()], compared)
-                if len(front) > self.most_labels:
-                    self.complete = False
-                    bound = (front + ahead).max(axis=1)
-                    front = front[np.argsort(bound, kind="stable")[: self.most_labels]]
+                labels = after[waiting.pop()]
+                self.pairs += len(labels) * (len(front) + len(labels))
+                if self.pairs > MOST_PAIRS:
+                    raise TooManyLabelsError
+                front = _undominated(front, labels, near)
             merged = np.maximum.reduceat((front + shifts[:, position])[:, order], starts, axis=1)
             tightness = (merged + least[:, position]).max(axis=1)
-            keep = np.flatnonzero(tightness <= 0)
-            if len(keep) > self.most_labels:
-                self.complete = False
-                keep = keep[np.argsort(tightness[keep], kind="stable")[: self.most_labels]]
-            if len(keep):
-                kept = merged[keep]
+            kept = merged[tightness <= 0]
+            if len(kept):
                 kept[kept + most[:, position] <= 0] = -np.inf
                 found[int(position)] = kept
         return found, groups
@@ -348,13 +333,20 @@ class _Search:
         return tuple(cuts)
 
 
-def _undominated(front: Array, labels: Array, compared: int) -> Array:
-    """The labels, old and new, that no other is at most equal to in all compared columns."""
+def _undominated(front: Array, labels: Array, near: Array) -> Array:
+    """The labels, old and new, that no other is at most equal to in all compared columns.
+
+    A new one must be better than any old one by more than ``near`` somewhere; an old one leaves
+    only for one that is no worse, so that differences do not add up.
+    """
+    compared = len(near)
 
     def dominates(some: Array, others: Array) -> npt.NDArray[np.bool_]:
         return np.asarray((some[:, None, :compared] <= others[None, :, :compared]).all(axis=2))
 
-    labels = labels[~dominates(front, labels).any(axis=0)]
+    loosened = labels.copy()
+    loosened[:, :compared] += near
+    labels = labels[~dominates(front, loosened).any(axis=0)]
     among = dominates(labels, labels)
     among &= ~among.T | np.tri(len(labels), k=-1, dtype=bool).T  # of equal ones the first stays
     labels = labels[~among.any(axis=0)]
@@ -393,115 +385,53 @@ def minimise(
         The least value and, of cuts that attain it, the lexicographically first. Where that would
         take too long, the best that was found, with a lower bound that is less than its value.
     """
-    best, cuts = value_of(start), start
-    lower = floor = level = (
-        problem.lower_bound()
-    )  # nothing is below lower; or was found below floor
-    while best - floor > 2 * TOLERANCE * best:
-        known = len(problem.rows)
-        try:
-            found = problem.earliest(level, QUICK_LABELS)
-        except TooManyLabelsError:
-            found, floor = None, level
-        else:
-            if found is None:
-                lower = floor = level
-        if found is not None and (value := value_of(found)) < best:
-            best, cuts = value, found
-        if len(problem.rows) > known:
-            lower = max(lower, problem.lower_bound())
-            floor = max(lower, floor)
-        near = found is None and best - floor < NEAR * best
-        level = best * (1 - TOLERANCE) if near else (floor + best) / 2
-    try:
-        if lower < floor and problem.earliest(best * (1 - TOLERANCE), MOST_LABELS) is None:
-            lower = best * (1 - TOLERANCE)
+    cuts, best = start, value_of(start)
+    for stride in STRIDES:  # few positions first: the search is slow where bounds are loose
+        if problem.size >= 4 * stride * (problem.num_cuts + 1):
+            problem.stride = stride
+            cuts, best, _ = _descend(problem, value_of, cuts, best, NEAR)
+    problem.stride = 1
+    cuts, best, lower = _descend(problem, value_of, cuts, best, TOLERANCE)
+    with contextlib.suppress(TooManyLabelsError):
         while True:  # of equally good cuts, the first
-            found = problem.earliest(best * (1 + TOLERANCE), MOST_LABELS)
-            if found is None or (value := value_of(found)) <= best * (1 + 2 * TOLERANCE):
-                return Minimum(found or cuts, best if found is None else value, min(lower, best))
-    except TooManyLabelsError:
-        return Minimum(cuts, best, min(lower, best))
+            found = problem.earliest(best * (1 + TOLERANCE))
+            if found is None:
+                break
+            if (value := value_of(found)) <= best * (1 + 2 * TOLERANCE):
+                cuts, best = found, value
+                break
+    return Minimum(cuts, best, min(lower, best))
 
 
-def enumerate_all(problem: Cuts, value_of: Callable[[tuple[int, ...]], float]) -> Minimum | None:
-    """What `minimise` finds, by looking at all cuts at once; None if none are within limits.
-
-    It takes memory for as many numbers as there are cuts times constraints.
-    """
-    choices = np.array(
-        list(combinations(range(1, problem.size - 1), problem.num_cuts)), dtype=np.intp
-    ).reshape(math.comb(problem.size - 2, problem.num_cuts), problem.num_cuts)
-    levels = np.full(len(choices), -np.inf)
-    known = 0
-    while True:
-        for row in range(known, len(problem.rows)):
-            table = problem.tables[row][np.arange(problem.num_cuts), choices].sum(axis=1)
-            left = table + problem.const[row] - problem.limit[row]
-            if problem.rate[row] > 0:
-                np.maximum(levels, left / problem.rate[row], out=levels)
-            else:
-                levels[left > problem.rounding[row]] = np.inf
-        known = len(problem.rows)
-        least = float(levels.min())
-        if least == np.inf:
-            return None
-        first = int(np.argmax(levels <= least * (1 + TOLERANCE)))
-        cuts = tuple(map(int, choices[first]))
-        value = value_of(cuts)
-        if value <= least * (1 + 2 * TOLERANCE) or len(problem.rows) == known:
-            return Minimum(cuts, value, min(least, value))
-
-
-def descend(
-    problem: Cuts,
-    value_of: Callable[[tuple[int, ...]], float],
-    starts: Iterable[tuple[int, ...]],
-) -> Minimum:
-    """Minimise as `minimise` does, but only until no single cut can be moved to advantage.
-
-    It begins at each of ``starts`` that is within limits (at least one is), then at those cuts
-    that the lower bound's relaxation finds best, as long as the known constraints promise something
-    better there.
-
-    Returns:
-        The best that was found; it is known to be the least only if `Minimum.exact`.
-    """
-    tried = {start for start in starts if problem.within_limits(start)}
-    best, cuts = min(_downhill(problem, value_of, start) for start in sorted(tried))
-    while True:
-        if problem.excludes(best * (1 - TOLERANCE)):
-            return Minimum(cuts, best, best * (1 - TOLERANCE))
-        lower = problem.lower_bound()
-        promising = [
-            (level, point)
-            for point in problem.relaxed()
-            if point not in tried and (level := problem.level(point)) < best * (1 - TOLERANCE)
-        ]
-        if best - lower <= TOLERANCE * best or not promising:
-            return Minimum(cuts, best, min(lower, best))
-        point = min(promising)[1]
-        tried.add(point)
-        best, cuts = min((best, cuts), _downhill(problem, value_of, point))
-
-
-def _downhill(
+def _descend(
     problem: Cuts,
     value_of: Callable[[tuple[int, ...]], float],
     cuts: tuple[int, ...],
-) -> tuple[float, tuple[int, ...]]:
-    """Move one cut at a time to where the known constraints promise most, while that is better."""
-    value = value_of(cuts)
-    while problem.num_cuts:
-        levels = problem.levels_around(cuts)
-        cut, position = divmod(int(levels.argmin()), problem.size)
-        if not levels[cut, position] < value * (1 - TOLERANCE):
-            break
-        moved = (*cuts[:cut], position, *cuts[cut + 1 :])
+    best: float,
+    enough: float,
+) -> tuple[tuple[int, ...], float, float]:
+    """Better cuts, their value, and its lower bound; closer than ``enough`` if time allows."""
+    lower = level = problem.lower_bound()
+    coarseness = 0.0
+    while best - lower > 2 * enough * best:
         known = len(problem.rows)
-        found = value_of(moved)
-        if found < value:
-            value, cuts = found, moved
-        elif len(problem.rows) == known:  # rounding: the promise would be made again
-            break
-    return value, cuts
+        found = None
+        try:
+            found = problem.earliest(level, coarseness)
+        except TooManyLabelsError:
+            if level > lower:
+                coarseness = max(4 * coarseness, (level - lower) / 16 / problem.num_cuts)
+                if coarseness * problem.num_cuts < level - lower:
+                    continue
+                break  # not even roughly
+        if found is None:
+            lower = max(lower, level - coarseness * problem.num_cuts)
+        elif (value := value_of(found)) < best:
+            best, cuts = value, found
+        if len(problem.rows) > known:
+            lower = max(lower, problem.lower_bound())
+        ask_outright = found is None and best - lower < NEAR * best
+        level = best * (1 - enough) if ask_outright else (lower + best) / 2
+        fine = best - lower < FINE * best or problem.num_cuts == 0
+        coarseness = 0.0 if fine else (level - lower) / 4 / problem.num_cuts
+    return cuts, best, lower

@@ -172,6 +172,60 @@ def test_the_table_holds_the_figures(ddg: Ddg):
     ]
 
 
+def test_random_times_give_an_interval_and_the_same_one_again(ddg: Ddg):
+    words = "simulate ddg --stages 3 --sync barrier --jitter gamma(1,0.3) --precision 0.005"
+    found = ddg(f"{words} --json").json
+    low, high = found["period_interval"]
+    assert 5.0 < low < found["period"] < high
+    assert (high - low) / 2 <= 0.005 * found["period"]
+    assert found["speedup_interval"][0] < found["speedup_over_bp"] < 9 / 5
+    assert not found["period_is_exact"]
+    assert ddg(f"{words} --json").json == found
+    assert ddg(f"{words} --seed 1 --json").json["period"] != found["period"]
+    assert "runs, 95 %" in ddg(words).out
+
+
+def test_both_engines_agree_on_random_times(ddg: Ddg):
+    words = "simulate 1f1b --stages 3 --forward lognormal(1,0.2),1,normal(2,0.1) --json --engine"
+    des, cycle = (ddg(f"{words} {engine}").json for engine in ("des", "cycle"))
+    assert des["period"] == cycle["period"]
+    assert des["makespan"] == pytest.approx(cycle["makespan"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("words", "period"),
+    [
+        ("ddg --stages 2 --overhead 0.1", 3.3),  # three operations
+        ("ddg --stages 2 --message 0.1", 3.2),  # one message sent, one received
+        ("ddg --stages 2 --forward 3,1 --comm 0.5 --blocking", 5.5),
+        ("ddg --stages 2 --sync barrier --barrier 0.25", 4.5),
+        ("ddg --stages 2 --semantics replay --recompute 0.5", 3.5),
+        ("dp --stages 1 --replicas 4 --all-reduce 0.5", 3.5),
+        ("gpipe --stages 4 --micro-batches 8", (8 + 3) * 3.0),
+        ("ddg --stages 2 --slowdown 2,1", 6.0),
+    ],
+)
+def test_what_else_costs_time(ddg: Ddg, words: str, period: float):
+    assert ddg(f"simulate {words} --json").json["period"] == pytest.approx(period, rel=1e-12)
+
+
+def test_data_parallel_copies_count_as_more_samples(ddg: Ddg):
+    found = ddg("simulate dp --stages 1 --replicas 4 --all-reduce 0.5 --json").json
+    assert found["speedup_over_bp"] == pytest.approx(4 * 3.0 / 3.5)
+
+
+def test_what_would_help_most(ddg: Ddg):
+    found = ddg("simulate ddg --stages 2 --comm 2 --what-if --json").json
+    best = found["what_if"][0]
+    assert best["what"] == "one more iteration of delay at stage 1"
+    assert best["period"] == pytest.approx(10 / 3)
+    assert best["gain"] == pytest.approx(1 / 3)
+    out = ddg("simulate ddg --stages 2 --comm 2 --what-if").out
+    assert "what would help most" in out
+    assert "33.3 %" in out
+    assert ddg("simulate ddg --stages 2 --json").json["what_if"] is None
+
+
 def test_trace_and_pictures_are_written(ddg: Ddg, tmp_path: Path):
     result = ddg("simulate ddg --stages 2 --comm 0.5 --trace run.json --plot run.png")
     events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
@@ -269,10 +323,15 @@ def test_simulate_uses_what_profile_wrote(ddg: Ddg, tmp_path: Path):
         stage[name] + stage["overhead"]
         for stage in written["stages"]
         for name in ("forward", "backward", "update")
-    )
+    ) + sum(2 * stage["message"] for stage in written["stages"])
     links = sum(link["activation"] + link["gradient"] for link in written["links"])
     # The last stage's update may overlap the way back, so this is only an upper bound.
-    slowest = max(stage["contention"] for stage in written["stages"])
+    slowest = max(
+        factor
+        for stage in written["stages"]
+        for factors in stage["contention"].values()
+        for factor in factors.values()
+    )
     assert 0.5 * spent < found["period"] <= (spent + links) * slowest
 
     wrong = ddg("simulate ddg --stages 3 --profile p.json")

@@ -29,7 +29,9 @@ def test_a_profile_describes_every_stage_and_link(profile: Profile) -> None:
     ]
     for stage in profile.stages:
         assert min(stage.forward, stage.backward, stage.update, stage.recompute) > 0
-        assert stage.contention >= 1
+        factors = [f for row in stage.contention.values() for f in row.values()]
+        assert len(factors) == 4
+        assert min(factors) >= 1
         assert stage.parameter_bytes > 0
     assert [link.bytes for link in profile.links] == [s.output_bytes for s in profile.stages[:-1]]
     assert all(stage.message > 0 for stage in profile.stages)
@@ -135,5 +137,5 @@ def test_loss_curves_are_drawn(tmp_path: Path) -> None:
 
 def test_costs_of_one_stage_have_no_contention() -> None:
     found = measure(Job("bp", 1, "mlp", iterations=1), load("digits"), 2)
-    assert (found.contention, found.links, found.cuts) == ((1.0,), [], [])
+    assert (found.contention, found.links, found.cuts) == ([{}], [], [])
     assert found.costs().num_stages == costs(1).num_stages == 1

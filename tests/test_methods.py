@@ -335,7 +335,7 @@ def prices_for(stages, seed, free=False, update_time=True):
     )
 
 
-TIMED = {name: schedule for name, schedule in ALL.items() if schedule.replicas == 1}
+TIMED = ALL
 
 
 @pytest.mark.parametrize("schedule", TIMED.values(), ids=TIMED)
