@@ -58,8 +58,14 @@ def test_every_unit_scales_its_number(number: str, pair: tuple[dict[str, float],
 
 
 MISTAKES = {
-    "bare number": ({"default_link": {"bandwidth": 12}}, "default_link.bandwidth: has no unit: write"),
-    "bare text": ({"default_link": {"bandwidth": "12"}}, "bandwidth: has no unit: write for example"),
+    "bare number": (
+        {"default_link": {"bandwidth": 12}},
+        "default_link.bandwidth: has no unit: write",
+    ),
+    "bare text": (
+        {"default_link": {"bandwidth": "12"}},
+        "bandwidth: has no unit: write for example",
+    ),
     "gigabits or gigabytes": (
         {"default_link": {"bandwidth": "12 Gb/s"}},
         "unit 'Gb/s' is unknown: write for example '12 GB/s' or '100 Gbit/s' (got '12 Gb/s')",
@@ -69,7 +75,10 @@ MISTAKES = {
     "negative": ({"default_link": {**LINK, "latency": "-5 us"}}, "latency: is no quantity"),
     "nothing": ({"default_link": {"bandwidth": "0 GB/s"}}, "greater than 0 (got 0.0)"),
     "infinite": ({"default_link": {"bandwidth": "1e999 GB/s"}}, "is too large"),
-    "latency": ({"default_link": {**LINK, "latency": 5}}, "latency: has no unit: write for example"),
+    "latency": (
+        {"default_link": {**LINK, "latency": 5}},
+        "latency: has no unit: write for example",
+    ),
     "memory": ({"devices": [{"name": "a", "memory": 16}]}, "devices[0].memory: has no unit"),
     "speed": ({"devices": [{"name": "a", "speed": 0}]}, "devices[0].speed: "),
     "count": ({"devices": [{"name": "a", "count": 0}]}, "devices[0].count: "),
@@ -84,7 +93,10 @@ MISTAKES = {
         "links[0].between: unknown device 'gpu7'; devices: fast (fast-0 to fast-1), slow (",
     ),
     "itself": ({"links": [{"between": ["fast-0", "fast-0"], **LINK}]}, "joins 'fast-0' to itself"),
-    "unknown bus": ({"default_link": {**LINK, "bus": "pci"}}, "default_link.bus: unknown bus 'pci'"),
+    "unknown bus": (
+        {"default_link": {**LINK, "bus": "pci"}},
+        "default_link.bus: unknown bus 'pci'",
+    ),
     "sharing": ({"buses": [{"name": "b", "sharing": "mine"}]}, "buses[0].sharing: "),
     "transfers": ({"transfers": "sometimes"}, "'overlapped' or 'blocking' (got 'sometimes')"),
     "version": ({"version": 2}, "version: input should be 1 (got 2)"),
