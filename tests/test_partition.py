@@ -293,8 +293,3 @@ def test_what_makes_no_sense_is_refused_by_name(arguments, message):
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(ValueError, match="graph has 2 layers, too few for the 3 stages"):
         partition(random_chain(2, seed=0), bp(3))
-
-
-def test_an_all_reduce_has_no_cost_yet():
-    with pytest.raises(ValueError, match="no cost is known for operation ALL_REDUCE"):
-        partition(random_chain(4, seed=0), method("dp", 1))
