@@ -25,7 +25,7 @@ from ddg_sim.lowering import memory
 from ddg_sim.network import FREE, Network
 from ddg_sim.rule import Activations
 from ddg_sim.schedule import OpKind, Schedule
-from ddg_sim.separable import Array, Cuts, Minimum, Row, minimise
+from ddg_sim.separable import TOLERANCE, Array, Cuts, Minimum, Row, minimise
 
 #: The functions of a cut's position of which everything else is a sum: what the layers before it
 #: cost (forward and backward seconds, parameter and output bytes), seconds of one transfer across
@@ -163,6 +163,8 @@ def partition(
         bound = cycle_time(schedule, model.costs(cuts))
         if bound.period > problem.level(cuts):
             problem.add(model.cycle_row(bound.cycle, bound.tokens))
+            # Else it would be found again and again: the row says what the cycle says.
+            assert problem.level(cuts) >= bound.period * (1 - TOLERANCE)
         return bound.period
 
     best = minimise(problem, period, start)
