@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ddg_sim.costs import Costs
-from ddg_sim.dependencies import template_at
+from ddg_sim.dependencies import Node, template_at
 from ddg_sim.draws import durations
 from ddg_sim.eventgraph import (
     Arc,
@@ -115,12 +115,15 @@ def completions(
     check_stages(schedule, costs)
     graph = event_graph(schedule, costs.network)
     times = durations(graph, costs, iterations, seed, runs)
-    found = np.zeros((iterations, len(runs)))
+    # A worker has completed an iteration when it has ended the last operation of its loop body.
+    ends = {Node(worker, len(body) - 1) for worker, body in enumerate(schedule.workers)}
+    last = [event.node in ends for event in graph.events]
+    found = np.zeros((iterations, len(runs), schedule.replicas))
     for index, tick, _, end in recursion(graph, times, iterations):
-        if tick < iterations and graph.events[index].node is not None:
-            latest = end if isinstance(end, float) else end.max(axis=-1)
-            np.maximum(found[tick], latest, out=found[tick])
-    return found
+        if last[index] and tick < iterations:
+            np.maximum(found[tick], end, out=found[tick])
+    latest: Array = found.max(axis=2)
+    return latest
 
 
 def recursion(
@@ -162,8 +165,10 @@ def recursion(
 
 
 def _latest(times: list[float | Array]) -> float | Array:
-    latest: float | Array = 0.0
-    for time in times:
+    if not times:
+        return 0.0
+    latest = times[0]
+    for time in times[1:]:
         latest = np.maximum(latest, time)
     return latest
 

@@ -93,8 +93,11 @@ class _Draw:
         message = self._time(costs.message[stage], "message", code, samples)
         jitter = self._time(costs.jitter[stage], "jitter", code, samples)
         slowdown = self._time(costs.slowdown[stage], "slowdown", (stage,), np.zeros(1, dtype=int))
-        found: float | Array = (work + overhead + messages * message) * jitter * slowdown
-        return found
+        # Adding nothing, or multiplying by one, would be a pass over large arrays all the same.
+        host, factor = overhead + messages * message, jitter * slowdown
+        if not (isinstance(host, float) and host == 0):
+            work = work + host
+        return work if isinstance(factor, float) and factor == 1 else work * factor
 
     def _time(
         self, time: Time, name: str, code: tuple[int, ...], samples: np.ndarray
@@ -116,18 +119,11 @@ def uniforms(seed: int, code: tuple[int, ...], count: int, runs: range, replicas
     >>> bool((few == many[:3, :2, :1]).all())
     True
     """
-    blocks = range(runs.start // BLOCK, -(-runs.stop // BLOCK))
-    drawn = [
-        np.concatenate(
-            [
-                np.random.Generator(
-                    np.random.Philox(np.random.SeedSequence((seed, *code, replica, block)))
-                ).random((count, BLOCK))
-                for block in blocks
-            ],
-            axis=1,
-        )
-        for replica in range(replicas)
-    ]
-    first = blocks.start * BLOCK
-    return np.stack(drawn, axis=2)[:, runs.start - first : runs.stop - first]
+    first, last = runs.start // BLOCK, -(-runs.stop // BLOCK)
+    found = np.empty((count, (last - first) * BLOCK, replicas))
+    for replica in range(replicas):
+        for place, block in enumerate(range(first, last)):
+            key = np.random.SeedSequence((seed, *code, replica, block))
+            drawn = np.random.Generator(np.random.Philox(key)).random((count, BLOCK))
+            found[:, place * BLOCK : (place + 1) * BLOCK, replica] = drawn
+    return found[:, runs.start - first * BLOCK : runs.stop - first * BLOCK]
