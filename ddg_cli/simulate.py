@@ -106,7 +106,9 @@ def simulate(
     precision: Annotated[
         float, typer.Option(help="Where times vary: half width of the 95 % interval to aim at.")
     ] = 0.01,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws, where times vary.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of the draws, where times vary.")
+    ] = 0,
     what_if: Annotated[
         bool, typer.Option("--what-if", help="Say which single changes would help most.")
     ] = False,

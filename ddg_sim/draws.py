@@ -121,9 +121,13 @@ def uniforms(seed: int, code: tuple[int, ...], count: int, runs: range, replicas
     """
     first, last = runs.start // BLOCK, -(-runs.stop // BLOCK)
     found = np.empty((count, (last - first) * BLOCK, replicas))
+    # A counter-based generator (Salmon et al. 2011): the key says which stream it is, the counter
+    # which part of it.
+    packed = sum(number << (20 * place) for place, number in enumerate(code))
+    key = np.array([seed, packed], dtype=np.uint64)
     for replica in range(replicas):
         for place, block in enumerate(range(first, last)):
-            key = np.random.SeedSequence((seed, *code, replica, block))
-            drawn = np.random.Generator(np.random.Philox(key)).random((count, BLOCK))
-            found[:, place * BLOCK : (place + 1) * BLOCK, replica] = drawn
+            counter = np.array([0, 0, replica, block], dtype=np.uint64)
+            drawn = np.random.Generator(np.random.Philox(key=key, counter=counter))
+            found[:, place * BLOCK : (place + 1) * BLOCK, replica] = drawn.random((count, BLOCK))
     return found[:, runs.start - first * BLOCK : runs.stop - first * BLOCK]
