@@ -161,7 +161,7 @@ def partition(
 
     def period(cuts: tuple[int, ...]) -> float:
         bound = cycle_time(schedule, model.costs(cuts))
-        if bound.period > problem.level(cuts):
+        if bound.period > problem.level(cuts) * (1 + TOLERANCE / 10):  # else it is known
             problem.add(model.cycle_row(bound.cycle, bound.tokens))
             # Else it would be found again and again: the row says what the cycle says.
             assert problem.level(cuts) >= bound.period * (1 - TOLERANCE)
