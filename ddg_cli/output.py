@@ -132,7 +132,11 @@ def _finite(value: Any) -> Any:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool = True
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numeric: bool = True,
+    left: Sequence[str] = (),
 ) -> None:
     """Print a table on stdout.
 
@@ -141,6 +145,7 @@ def print_table(
         columns: headings; if all are empty, none are shown.
         rows: cells, as text.
         numeric: whether the columns after the first are numbers, which are aligned right.
+        left: columns that are none.
     """
     table = Table(
         title=title,
@@ -150,7 +155,7 @@ def print_table(
         show_lines=any("\n" in cell for row in rows for cell in row),
     )
     for place, column in enumerate(columns):
-        justify: JustifyMethod = "right" if place and numeric else "left"
+        justify: JustifyMethod = "right" if place and numeric and column not in left else "left"
         table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))  # a formula's brackets are no markup

@@ -319,9 +319,8 @@ def place(schedule: Schedule, cluster: Cluster | None = None) -> Placement:
     >>> cluster = Cluster.model_validate(
     ...     {"version": 1, "devices": [{"name": "gpu", "count": 4}],
     ...      "default_link": {"bandwidth": "1 GB/s", "latency": "1 ms"}})
-    >>> rate, = place(data_parallel(bp(1), 4), cluster).all_reduce_rate
-    >>> round(1e9 * rate, 6)  # seconds for 1 GB: 2 · 3/4
-    1.5
+    >>> place(data_parallel(bp(1), 4), cluster).all_reduce_latency  # 2 (4 - 1) times 1 ms
+    (0.006,)
     >>> place(bp(8), cluster)
     Traceback (most recent call last):
     ...
@@ -333,7 +332,14 @@ def place(schedule: Schedule, cluster: Cluster | None = None) -> Placement:
     if cluster is None:
         free, none = (math.inf,) * (stages - 1), (0.0,) * stages
         return Placement(
-            needed, (1.0,) * workers, (math.inf,) * workers, none[1:], free, none, none
+            needed,
+            (1.0,) * workers,
+            (math.inf,) * workers,
+            none[1:],
+            free,
+            none,
+            none,
+            queue=schedule.queue,
         )
     if needed > len(cluster.names):
         raise TooFewDevicesError(

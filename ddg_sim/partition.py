@@ -19,6 +19,7 @@ import numpy as np
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import CycleTime, cycle_time
 from ddg_sim.dependencies import Relation
+from ddg_sim.descent import descend, enumerate_all
 from ddg_sim.eventgraph import Event, event_graph
 from ddg_sim.layers import LayerGraph
 from ddg_sim.lowering import memory
@@ -31,6 +32,9 @@ from ddg_sim.separable import TOLERANCE, Array, Cuts, Minimum, Row, minimise
 #: cost (forward and backward seconds, parameter and output bytes), seconds of one transfer across
 #: it, and bytes that cross it.
 FORWARD, BACKWARD, PARAMETERS, OUTPUTS, TRANSFER, CROSSING = range(6)
+
+#: So many possible cuts are all looked at.
+FEW = 20_000
 
 
 class DoesNotFitError(ValueError):
@@ -81,6 +85,7 @@ def partition(
     overhead: float = 0.0,
     message: float = 0.0,
     network: Network = FREE,
+    quick: bool = False,
 ) -> Partition:
     """Cut a network into contiguous stages with the least period of this schedule.
 
@@ -113,6 +118,9 @@ def partition(
         overhead: host seconds that every operation costs on top.
         message: host seconds that an operation spends on each message it sends or receives.
         network: how messages travel; it has no buses.
+        quick: whether, where there are many cuts and enough memory, to be content with those that
+            moving a single one does not improve; `Partition.exact` says whether they are known to
+            be optimal.
 
     Raises:
         DoesNotFitError: naming a device, what it needs and has, if nothing fits.
@@ -167,7 +175,14 @@ def partition(
             assert problem.level(cuts) >= bound.period * (1 - TOLERANCE)
         return bound.period
 
-    best = minimise(problem, period, start)
+    if math.comb(len(graph.layers) - 1, schedule.num_stages - 1) <= FEW:
+        best = enumerate_all(problem, period)
+    else:
+        starts = [model.even_cuts(), *(model.bottleneck_cuts(w) for w in (0, 1, 2))]
+        best = descend(problem, period, [start, *starts])
+        # Where memory is short, single moves lead nowhere, but there are few cuts to choose from.
+        if not quick or (not best.exact and not all(map(problem.within_limits, starts))):
+            best = minimise(problem, period, best.cuts)
     costs = model.costs(best.cuts)
     return Partition(
         best.cuts,
@@ -176,6 +191,22 @@ def partition(
         best.lower_bound,
         tuple(model.value(row, best.cuts) for row in held),
     )
+
+
+def memory_at(
+    graph: LayerGraph, schedule: Schedule, cuts: tuple[int, ...], optimizer_state: float = 1.0
+) -> tuple[float, ...]:
+    """Peak bytes of every worker with these cuts; see `partition`.
+
+    >>> from ddg_sim.layers import Layer
+    >>> from ddg_sim.methods import ddg
+    >>> pair = LayerGraph((Layer("a", 1, 2, 8, 4), Layer("b", 1, 2, 8, 4)), ((0, 1),))
+    >>> memory_at(pair, ddg(2), (1,))  # 4 B x (2 versions + 1 gradient) + 8 B x 2 samples; 8 + 16
+    (28.0, 24.0)
+    """
+    free = Costs((0.0,) * schedule.num_stages, (0.0,) * schedule.num_stages)
+    model = _Network(graph, schedule, 1.0, 0.0, math.inf, free, (0.0,) * schedule.num_stages)
+    return tuple(model.value(row, cuts) for row in model.memory_rows(optimizer_state))
 
 
 class _Network:
@@ -254,6 +285,25 @@ class _Network:
         for stage, cut in enumerate(np.searchsorted(work, shares), start=1):
             least = cuts[-1] + 1 if cuts else 1
             cuts.append(int(min(max(cut, least), layers - stages + stage)))
+        return tuple(cuts)
+
+    def bottleneck_cuts(self, transfers: int) -> tuple[int, ...]:
+        """Cuts with the least longest stage, where a stage's time counts its transfers so often."""
+        work = self.before[FORWARD] + self.before[BACKWARD]
+        spent = work - work[:, None]  # (first layer, end)
+        spent[np.tril_indices_from(spent)] = np.inf
+        links = np.zeros((len(self.speed) + 1, len(work)))
+        links[1:-1] = transfers * self.basis[:, TRANSFER]
+        least = spent[0] / self.speed[0] + links[1]
+        begins = []
+        for stage in range(1, len(self.speed)):
+            own = spent / self.speed[stage] + links[stage][:, None] + links[stage + 1]
+            longest = np.maximum(least[:, None], own)
+            begins.append(longest.argmin(axis=0))
+            least = longest.min(axis=0)
+        cuts: list[int] = []
+        for begin in reversed(begins):
+            cuts.insert(0, int(begin[cuts[0] if cuts else -1]))
         return tuple(cuts)
 
     def own_loop(self, worker: int) -> Row:

@@ -1,16 +1,21 @@
-"""Gantt charts of timelines."""
+"""Gantt charts of timelines; speedup curves and heat maps of plans."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from ddg_sim.files import replacing
+from ddg_sim.plan import Row
+from ddg_sim.replicate import Estimate
 from ddg_sim.timeline import Span, Timeline
 
 SUFFIXES = (".png", ".svg")
@@ -57,9 +62,7 @@ def gantt(
     ...
     ValueError: timelines is empty: give at least one to draw
     """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"path ends in {path.suffix!r}: give one that ends in .png or .svg")
+    path = _checked(path)
     if not timelines:
         raise ValueError("timelines is empty: give at least one to draw")
     shown = {name: _window(timeline, iterations) for name, timeline in timelines.items()}
@@ -70,9 +73,7 @@ def gantt(
     unit, scale = _unit(longest)
 
     heights = [_rows(_lanes(spans), spans)[1] for spans in shown.values()]
-    figure = Figure(figsize=(WIDTH, ROW * sum(heights) + 0.55 * len(heights) + 1.0))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
+    figure = _figure(WIDTH, ROW * sum(heights) + 0.55 * len(heights) + 1.0)
     axes = figure.subplots(
         len(shown), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
     )[:, 0]
@@ -91,6 +92,24 @@ def gantt(
     )
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    _save(figure, path)
+
+
+def _checked(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"path ends in {path.suffix!r}: give one that ends in .png or .svg")
+    return path
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained")
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
     with replacing(path) as temporary:
         # Without a date the same run gives the same file.
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
@@ -194,3 +213,173 @@ def _panel(axis: Axes, spans: Sequence[Span], scale: float, longest: float) -> N
     axis.set_yticks(list(centres.values()), list(centres), fontsize=8)
     axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+# --- Plans --------------------------------------------------------------------------------------
+
+CURVES = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+MARKERS = "osD^vPX*<>"
+STROKES = ("-", "--", ":", "-.")
+CELL = 0.42  # inches
+
+
+def speedup_curves(rows: Sequence[Row], path: str | Path) -> None:
+    """Draw speedup over backpropagation by number of devices, the best that fits of each method.
+
+    Args:
+        rows: of a plan.
+        path: file to write, SVG or PNG by its suffix; it appears whole or not at all.
+
+    Raises:
+        ValueError: for another suffix, or without rows.
+        OSError: if the folder does not exist or cannot be written.
+
+    >>> speedup_curves([], "picture.png")
+    Traceback (most recent call last):
+    ...
+    ValueError: rows is empty: give at least one point of a plan
+    """
+    path = _checked(path)
+    _some(rows)
+    figure = _figure(8.0, 5.0)
+    _curves(figure.subplots(), rows)
+    _save(figure, path)
+
+
+def heat_maps(rows: Sequence[Row], path: str | Path) -> None:
+    """Draw speedup over backpropagation by devices and method, and by batch where it varies.
+
+    A cell holds the fastest of the points that share it. Crossed out is what does not fit into
+    memory, empty what was left out.
+
+    Args:
+        rows: of a plan.
+        path: file to write, SVG or PNG by its suffix; it appears whole or not at all.
+
+    Raises:
+        ValueError: for another suffix, or without rows.
+        OSError: if the folder does not exist or cannot be written.
+    """
+    path = _checked(path)
+    _some(rows)
+    figure = _figure(*_heat_size(rows))
+    _heat_panels(figure, rows)
+    _save(figure, path)
+
+
+def plan_picture(rows: Sequence[Row], path: str | Path) -> None:
+    """Draw `speedup_curves` above `heat_maps` in one picture; same arguments and errors."""
+    path = _checked(path)
+    _some(rows)
+    width, height = _heat_size(rows)
+    figure = _figure(max(8.0, width), 4.5 + height)
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[4.5, height])[:, 0]
+    _curves(above.subplots(), rows)
+    _heat_panels(below, rows)
+    _save(figure, path)
+
+
+def _some(rows: Sequence[Row]) -> None:
+    if not rows:
+        raise ValueError("rows is empty: give at least one point of a plan")
+
+
+def _title(row: Row) -> str:
+    sync = row.schedule.sync.value
+    return row.schedule.method + (f" ({sync})" if sync != "none" else "")
+
+
+def _curves(axis: Axes, rows: Sequence[Row]) -> None:
+    curves: dict[str, dict[int, Estimate]] = {}
+    for row in rows:  # the fastest come first
+        if row.fits and row.over_bp is not None:
+            curves.setdefault(_title(row), {}).setdefault(row.devices, row.over_bp)
+    same: dict[tuple[tuple[int, str], ...], list[str]] = {}
+    for name, curve in sorted(curves.items()):
+        drawn = tuple((count, f"{curve[count].value:.3g}") for count in sorted(curve))
+        same.setdefault(drawn, []).append(name)
+    most = max(row.devices for row in rows)
+    highest = 1.0
+    for index, names in enumerate(same.values()):
+        curve = curves[names[0]]
+        devices = sorted(curve)
+        speedups = [curve[count].value for count in devices]
+        highest = max(highest, *speedups)
+        colour = CURVES[index % len(CURVES)]
+        axis.plot(
+            devices,
+            speedups,
+            color=colour,
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=5,
+            linestyle=STROKES[index // len(CURVES) % len(STROKES)],
+            label="\n".join(wrap(", ".join(names), 30)),
+        )
+        if any(curve[count].runs for count in devices):
+            low = [curve[count].low for count in devices]
+            high = [curve[count].high for count in devices]
+            axis.fill_between(devices, low, high, color=colour, alpha=0.2, linewidth=0)
+    ends = [1, most]
+    axis.plot(ends, ends, label="ideal", color="#888888", linewidth=1, linestyle=(0, (6, 4)))
+    axis.set(xlabel="devices", ylabel="speedup over backpropagation", ylim=(0, 1.1 * highest))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    axis.set_title("fastest of what fits, by number of devices", loc="left", fontsize=10)
+
+
+def _heat_axes(rows: Sequence[Row]) -> tuple[list[str], list[str], list[int]]:
+    """Panels, lines and columns: a panel per method where the batch varies, else one for all."""
+    names = sorted({_title(row) for row in rows})
+    batches = [str(size) for size in sorted({row.batch_size or 0 for row in rows})]
+    devices = sorted({row.devices for row in rows})
+    return (names, batches, devices) if len(batches) > 1 else ([""], names, devices)
+
+
+def _heat_size(rows: Sequence[Row]) -> tuple[float, float]:
+    panels, lines, devices = _heat_axes(rows)
+    across = min(3, len(panels))
+    width = across * (0.6 + CELL * max(3, len(devices))) + 2.5
+    return width, -(-len(panels) // across) * (0.5 + 0.7 * CELL * len(lines)) + 0.8
+
+
+def _heat_panels(figure: Figure | SubFigure, rows: Sequence[Row]) -> None:
+    panels, lines, devices = _heat_axes(rows)
+    several = len(panels) > 1
+    table = np.full((len(panels), len(lines), len(devices)), np.nan)
+    present = np.zeros(table.shape, dtype=bool)
+    for row in rows:  # the fastest come first
+        line = str(row.batch_size) if several else _title(row)
+        panel = panels.index(_title(row)) if several else 0
+        place = panel, lines.index(line), devices.index(row.devices)
+        present[place] = True
+        if np.isnan(table[place]) and row.over_bp is not None:
+            table[place] = row.over_bp.value
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    highest = max(1.0, float(np.nanmax(table, initial=1.0)))
+    for panel, axis in enumerate(axes.flat):
+        if panel >= len(panels):
+            axis.set_visible(False)
+            continue
+        picture = axis.imshow(table[panel], cmap="cividis", vmin=0, vmax=highest, aspect="auto")
+        for line, column in zip(*np.nonzero(present[panel]), strict=True):
+            value = table[panel, line, column]
+            ink = "black" if value > 0.55 * highest else "#999999" if np.isnan(value) else "white"
+            text = "×" if np.isnan(value) else f"{value:.1f}"
+            axis.text(column, line, text, ha="center", va="center", fontsize=8, color=ink)
+        axis.set_xticks(range(len(devices)), [str(count) for count in devices], fontsize=8)
+        axis.set_yticks(range(len(lines)), lines, fontsize=8)
+        axis.tick_params(length=0, labelbottom=panel + across >= len(panels))
+        axis.spines[:].set_visible(False)
+        axis.set_title(panels[panel], loc="left", fontsize=10)
+    for axis in axes[-1]:
+        axis.set_xlabel("devices")
+    if several:
+        for axis in axes[:, 0]:
+            axis.set_ylabel("batch")
+    figure.colorbar(
+        picture, ax=list(axes.flat), label="speedup over backpropagation (×: does not fit)"
+    )

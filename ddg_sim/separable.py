@@ -109,6 +109,16 @@ class Cuts:
         kept = self.values(cuts) <= self.limit + self.rounding
         return bool((kept | (self.rate > 0)).all())
 
+    def excludes(self, level: float) -> bool:
+        """Whether single constraints on their own rule out all cuts at this level."""
+        slack = self.rate * level + self.limit - self.const + self.rounding
+        return self.num_cuts > 0 and _propagate(self.tables, slack, self.possible) is None
+
+    @property
+    def relaxed(self) -> list[tuple[int, ...]]:
+        """Cuts that `lower_bound` came across, those within limits."""
+        return [point for point in self._points if self.within_limits(point)]
+
     def lower_bound(self) -> float:
         """A level below which no cuts keep all constraints that have a rate.
 
