@@ -72,6 +72,7 @@ class _Draw:
         self.m = graph.schedule.samples_per_iteration
         self.total = max(1, iterations * self.m)
         self.ticks = np.arange(graph.schedule.num_ticks(iterations))
+        self.drawn: dict[tuple[Time, tuple[int, ...]], Array] = {}  # micro-batches share them
 
     def event(self, event: Event) -> float | Array:
         if event.template is not None:
@@ -92,22 +93,27 @@ class _Draw:
         overhead = self._time(costs.overhead[stage], "overhead", code, samples)
         message = self._time(costs.message[stage], "message", code, samples)
         jitter = self._time(costs.jitter[stage], "jitter", code, samples)
-        slowdown = self._time(costs.slowdown[stage], "slowdown", (stage,), np.zeros(1, dtype=int))
+        slowdown = self._time(costs.slowdown[stage], "slowdown", (stage,), 0 * self.ticks)
         # Adding nothing, or multiplying by one, would be a pass over large arrays all the same.
         host, factor = overhead + messages * message, jitter * slowdown
         if not (isinstance(host, float) and host == 0):
             work = work + host
-        return work if isinstance(factor, float) and factor == 1 else work * factor
+        found = work if isinstance(factor, float) and factor == 1 else work * factor
+        if kind is OpKind.ALL_REDUCE and not isinstance(found, float):
+            found = np.repeat(found[..., :1], self.replicas, axis=2)  # it ends for all at once
+        return found
 
     def _time(
         self, time: Time, name: str, code: tuple[int, ...], samples: np.ndarray
     ) -> float | Array:
         if isinstance(time, int | float):
             return float(time)
-        places = np.clip(samples, 0, max(self.total, len(self.ticks)) - 1)
-        count = int(places.max()) + 1
-        u = uniforms(self.seed, (NAMES.index(name), *code), count, self.runs, self.replicas)
-        return time.quantile(u[places])
+        count = max(self.total, len(self.ticks))
+        stream = (NAMES.index(name), *code)
+        if (time, stream) not in self.drawn:
+            u = uniforms(self.seed, stream, count, self.runs, self.replicas)
+            self.drawn[time, stream] = time.quantile(u)
+        return self.drawn[time, stream][np.clip(samples, 0, count - 1)]
 
 
 def uniforms(seed: int, code: tuple[int, ...], count: int, runs: range, replicas: int) -> Array:

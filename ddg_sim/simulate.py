@@ -321,14 +321,14 @@ class _Links:
 
     def __init__(self, env: simpy.Environment, network: Network, streams: list[_Stream]) -> None:
         self._env = env
-        links: dict[tuple[int, int], _Link] = {}
+        links: dict[tuple[int, int, Bus | None], _Link] = {}
         media: dict[Bus, _Medium] = {}
         for stream in streams:
             edge, ends = stream.channel.dependency, (stream.channel.source, stream.channel.target)
             bus = next((bus for bus in network.buses if ends in bus.links), None)
             if bus is not None and bus not in media:
                 media[bus] = MEDIA[bus.sharing](env)
-            workers = edge.source.worker, edge.target.worker
+            workers = edge.source.worker, edge.target.worker, bus
             stream.link = links.setdefault(workers, _Link()) if stream.travels else _Link()
             if bus is not None and stream.travels:
                 stream.link.medium = media[bus]
@@ -354,8 +354,11 @@ class _Links:
             stream.arrive()
 
     def _next(self, link: _Link, medium: _Medium) -> None:
-        """Begin the next transfer of a link on a shared medium."""
-        if link.busy or not link.pending:
+        """Hand the next transfer of a link to a shared medium.
+
+        Where all share equally, a link still carries one message at a time; a queue keeps order.
+        """
+        if not link.pending or (link.busy and isinstance(medium, _Fair)):
             return
         link.busy = True
         stream, seconds = link.pending.popleft()

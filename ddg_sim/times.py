@@ -245,7 +245,7 @@ def parse_time(text: str) -> Time:
 
 def _forms() -> list[str]:
     return [
-        "normal(mean,std)",
+        "normal(centre,std)",
         "lognormal(mean,std)",
         "gamma(mean,std)",
         "samples(a,b,…)",
