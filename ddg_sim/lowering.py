@@ -261,6 +261,7 @@ _READS = frozenset(OpKind) - {OpKind.UPDATE, OpKind.ALL_REDUCE}
 
 
 @lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # a plan asks for every batch
 def memory(schedule: Schedule) -> tuple[StageMemory, ...]:
     """Peak live activations and weight versions per stage, in steady state.
 
