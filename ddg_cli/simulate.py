@@ -126,8 +126,9 @@ def simulate(
     """Predict speed, staleness and memory of a training method.
 
     The times are given, measured by 'ddg profile', or 1 s forward and 2 s backward. A time is one
-    for all stages, a list (1,2,…), or a distribution: normal(centre,std), cut off at 0, lognormal(mean,std),
-    gamma(mean,std), samples(a,b,…); a factor may also be straggler(probability,factor).
+    for all stages, a list (1,2,…), or a distribution: normal(centre,std), which is cut off at 0,
+    lognormal(mean,std), gamma(mean,std), samples(a,b,…); a factor may also be
+    straggler(probability,factor).
     """
     from ddg_sim import methods
     from ddg_sim.contention import contended
@@ -256,7 +257,9 @@ def simulate(
     print_line(f"period {period} per iteration, {speedup} over backpropagation")
     print_line(f"makespan {seconds(found.timeline.makespan)} for {iterations} iterations")
     if found.period.runs and found.period.relative_width > precision:
-        print_line(f"the interval is wider than --precision {precision:g}: the runs differ too much")
+        print_line(
+            f"the interval is wider than --precision {precision:g}: the runs differ too much"
+        )
     varied_text = " (with mean times; what comes on top is waiting, for times vary)"
     print_line(found.bound_by + (varied_text if prices.random else ""))
     if schedule.replicas > 1 and not any(prices.all_reduce):

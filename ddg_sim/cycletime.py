@@ -233,9 +233,7 @@ class CycleTime:
         all forwards, then the slowest backward (stage 3) between barriers bounds you:
         7 s per iteration
         """
-        return explain_cycle(
-            self.schedule, self.cycle, self.durations, self.tokens, self.host
-        )
+        return explain_cycle(self.schedule, self.cycle, self.durations, self.tokens, self.host)
 
 
 def cycle_time(schedule: Schedule, costs: Costs) -> CycleTime:

@@ -98,7 +98,9 @@ class _Draw:
         host, factor = overhead + messages * message, jitter * slowdown
         if not (isinstance(host, float) and host == 0):
             work = work + host
-        found = work if isinstance(factor, float) and factor == 1 else work * factor
+        found: float | Array = work
+        if not (isinstance(factor, float) and factor == 1):
+            found = work * factor
         if kind is OpKind.ALL_REDUCE and not isinstance(found, float):
             found = np.repeat(found[..., :1], self.replicas, axis=2)  # it ends for all at once
         return found

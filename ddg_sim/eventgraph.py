@@ -64,7 +64,6 @@ class Event:
             return mean(costs.transfer(self.message.relation, *self.ends))
         return mean(costs.barrier)
 
-
     def host_seconds(self, costs: Costs) -> float:
         """Mean seconds of it that the host spends on messages and per operation.
 

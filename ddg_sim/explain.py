@@ -55,9 +55,9 @@ def explain_cycle(
     if any(_is_barrier(event) for event in cycle):
         parts = [_between_barriers(schedule, part) for part in _split(timed)]
         return f"{', then '.join(parts)} between barriers bounds you: {total}"
-    held = next((event for event in cycle if event.name.startswith("credit")), None)
-    if held is not None:
-        late, early = (stage + 1 for stage in held.ends)
+    room_for = next((event for event in cycle if event.name.startswith("credit")), None)
+    if room_for is not None:
+        late, early = (stage + 1 for stage in room_for.ends)
         room = f"the queue of {schedule.queue} between stage {early} and stage {late}"
         return f"{room} bounds you: {total}"
     stages = sorted({template.stage for template in templates})

@@ -378,7 +378,9 @@ def _values(
     """One value per worker or link; positive, or at least ``least``."""
     values = list(map(float, value)) if isinstance(value, Iterable) else [float(value)] * count
     if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} values, but {count} {'is' if count == 1 else 'are'} needed")
+        raise ValueError(
+            f"{name} has {len(values)} values, but {count} {'is' if count == 1 else 'are'} needed"
+        )
     for index, number in enumerate(values):
         if not (number > 0 if least is None else number >= least):
             limit = "more than 0" if least is None else f"at least {least:g}"

@@ -47,8 +47,8 @@ class Change:
 def improvements(schedule: Schedule, costs: Costs, faster: float = 0.1) -> list[Change]:
     """Try one change at a time; the best first, those that gain nothing left out.
 
-    Each stage's computing in less time by the fraction ``faster``, each link's transfers twice as fast, and
-    one more iteration of delay for all stages up to each one.
+    Each stage's computing in less time by the fraction ``faster``, each link's transfers twice as
+    fast, and one more iteration of delay for all stages up to each one.
 
     Args:
         schedule: a valid schedule.

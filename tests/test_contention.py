@@ -11,7 +11,7 @@ from ddg_sim.costs import costs
 from ddg_sim.methods import bp, ddg
 from ddg_sim.predict import predict
 from ddg_sim.schedule import OpKind, Sync
-from ddg_sim.synchronous import one_f_one_b, zb_h1
+from ddg_sim.synchronous import zb_h1
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 5])
@@ -29,9 +29,7 @@ def test_where_everything_overlaps_everything_takes_the_full_factor(num_stages: 
 
 def test_both_halves_of_a_backward_pass_slow_down() -> None:
     found = contended(zb_h1(3, 3), costs(3), [1.5] * 3)
-    whole = contended(one_f_one_b(3, 3), costs(3), [1.5] * 3)
-    assert found.backward == pytest.approx(whole.backward, rel=0.15)
-    assert min(found.backward) > 2.2
+    assert 2.5 < min(found.backward) <= max(found.backward) <= 3.0
 
 
 def test_pairs_of_kinds_have_factors_of_their_own() -> None:

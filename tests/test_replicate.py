@@ -81,10 +81,10 @@ def test_intervals_cover_a_known_mean():
 def test_random_times_cost_more_than_their_means():
     prices = costs(4, forward=Gamma(1.0, 0.5), backward=Gamma(2.0, 1.0))
     for sync in Sync:
-        found = estimate(periods(ddg(4, sync), prices, 150, 0, range(64)))
+        found = estimate(periods(ddg(4, sync), prices, 150, 0, range(64)), 0.999)
         assert found.low > cycle_time(ddg(4, sync), prices).period
     exact = cycle_time(bp(4), prices).period
-    found = estimate(periods(bp(4), prices, 150, 0, range(64)))
+    found = estimate(periods(bp(4), prices, 150, 0, range(64)), 0.999)
     assert found.low < exact < found.high  # whoever never waits for the later of two loses nothing
 
 
