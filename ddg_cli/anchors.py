@@ -41,6 +41,8 @@ def anchors(
     missing: tuple[str, ...] = tuple(ANCHORS)
     if path is not None or folder.is_dir():
         found, missing = compare(folder)
+        if path is not None and not found:
+            raise ValueError(f"--path {path}: holds none of {', '.join(missing)}")
     if json:
         print_json(
             {

@@ -83,16 +83,18 @@ def simulate(
     ] = None,
     micro_batches: Annotated[
         int | None,
-        typer.Option(help="Micro-batches per update, of a pipeline. [default: mostly K]"),
+        typer.Option(max=1024, help="Micro-batches per update, of a pipeline. [default: about K]"),
     ] = None,
     chunks: Annotated[
-        int | None, typer.Option(help="Stages per worker, of interleaved. [default: 2]")
+        int | None, typer.Option(max=64, help="Stages per worker, of interleaved. [default: 2]")
     ] = None,
     accumulate: Annotated[
-        int | None, typer.Option(help="Samples per update, of adl and petra. [default: 2, 1]")
+        int | None,
+        typer.Option(max=1024, help="Samples per update, of adl and petra. [default: 2, 1]"),
     ] = None,
     replicas: Annotated[
-        int | None, typer.Option(help="Data-parallel copies of any method. [default: 1]")
+        int | None,
+        typer.Option(max=65_536, help="Data-parallel copies of any method. [default: 1; dp: 2]"),
     ] = None,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Iterations of the timeline. [default: about 100]")
@@ -106,7 +108,9 @@ def simulate(
     precision: Annotated[
         float, typer.Option(help="Where times vary: half width of the 95 % interval to aim at.")
     ] = 0.01,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws, where times vary.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of the draws, where times vary.")
+    ] = 0,
     what_if: Annotated[
         bool, typer.Option("--what-if", help="Say which single changes would help most.")
     ] = False,
@@ -122,8 +126,9 @@ def simulate(
     """Predict speed, staleness and memory of a training method.
 
     The times are given, measured by 'ddg profile', or 1 s forward and 2 s backward. A time is one
-    for all stages, a list (1,2,…), or a distribution: normal(mean,std), lognormal(mean,std),
-    gamma(mean,std), samples(a,b,…); a factor may also be straggler(probability,factor).
+    for all stages, a list (1,2,…), or a distribution: normal(centre,std), which is cut off at 0,
+    lognormal(mean,std), gamma(mean,std), samples(a,b,…); a factor may also be
+    straggler(probability,factor).
     """
     from ddg_sim import methods
     from ddg_sim.contention import contended
@@ -147,14 +152,16 @@ def simulate(
         accumulate=accumulate,
     )
     given = {"forward": forward, "backward": backward, "update": update, "comm": comm}
-    given |= {"recompute": recompute, "all_reduce": all_reduce, "overhead": overhead}
-    given |= {"message": message, "barrier": barrier}
-    factors = {"jitter": jitter, "slowdown": slowdown}
+    given |= {"recompute": recompute, "overhead": overhead, "message": message}
+    given |= {"barrier": barrier}
+    # These a profile does not know.
+    factors = {"jitter": jitter, "slowdown": slowdown, "all_reduce": all_reduce}
     chosen, varied = _parsed(given), _parsed(factors)
     contention: Contention | None = None
     if profile is not None:
         if chosen:
-            raise ValueError(f"--{next(iter(chosen))} and --profile exclude each other")
+            option = next(iter(chosen)).replace("_", "-")
+            raise ValueError(f"--{option} and --profile exclude each other")
         measured = read(profile)
         prices, contention = measured.costs(), measured.contention
         if vary:
@@ -164,7 +171,9 @@ def simulate(
                 f"--stages {stages}: the profile {profile} has {prices.num_stages} stages"
             )
         even = costs(stages, **varied)
-        prices = replace(prices, jitter=even.jitter, slowdown=even.slowdown)
+        prices = replace(
+            prices, jitter=even.jitter, slowdown=even.slowdown, all_reduce=even.all_reduce
+        )
     else:
         if vary:
             raise ValueError("--vary needs a --profile, whose samples it draws from")
@@ -179,13 +188,12 @@ def simulate(
             f" simulate: give at most {LARGEST // per_iteration}"
         )
     found = predict(schedule, prices, iterations, engine, contention, precision, seed)
+    slowed = prices if contention is None else contended(schedule, prices, contention)
     changes: list[Change] = []
     if what_if:
         from ddg_sim.whatif import improvements
 
-        if contention is not None:
-            prices = contended(schedule, prices, contention)
-        changes = improvements(schedule, prices)
+        changes = improvements(schedule, slowed)
     if trace is not None:
         from ddg_sim.trace import write_trace
 
@@ -204,6 +212,8 @@ def simulate(
                 "sync": schedule.sync.value,
                 "engine": engine,
                 "iterations": iterations,
+                "samples_per_iteration": schedule.samples_per_iteration * schedule.replicas,
+                "replicas": schedule.replicas,
                 "period": found.period.value,
                 "period_interval": [found.period.low, found.period.high],
                 "period_is_exact": found.period_is_exact,
@@ -225,8 +235,13 @@ def simulate(
         return
     # A worker may hold several stages; of a stage on two workers, the one that updates it counts.
     per_stage = [found.utilisation[schedule.worker_of(stage)] for stage in range(stages)]
+    title = f"{method} on {stages} stage{'s' if stages > 1 else ''}, sync {schedule.sync.value}"
+    if schedule.replicas > 1:
+        title += f", {schedule.replicas} replicas"
+    if schedule.samples_per_iteration > 1:
+        title += f", {schedule.samples_per_iteration} samples per iteration"
     print_table(
-        f"{method} on {stages} stage{'s' if stages > 1 else ''}, sync {schedule.sync.value}",
+        title,
         ["stage", "utilisation", "staleness", "peak activations", "weight versions"],
         [
             [str(k + 1), percent(busy), str(old), str(held.activations), str(held.weight_versions)]
@@ -241,10 +256,19 @@ def simulate(
         period += f" ± {percent(found.period.relative_width)} ({found.period.runs} runs, 95 %)"
     print_line(f"period {period} per iteration, {speedup} over backpropagation")
     print_line(f"makespan {seconds(found.timeline.makespan)} for {iterations} iterations")
-    print_line(found.bound_by)
+    if found.period.runs and found.period.relative_width > precision:
+        print_line(
+            f"the interval is wider than --precision {precision:g}: the runs differ too much"
+        )
+    varied_text = " (with mean times; what comes on top is waiting, for times vary)"
+    print_line(found.bound_by + (varied_text if prices.random else ""))
+    if schedule.replicas > 1 and not any(prices.all_reduce):
+        print_line("note: averaging gradients over replicas costs nothing here (--all-reduce)")
+    if slowed != prices:
+        print_line("times include how the profile's stages slow each other down where they overlap")
     if what_if:
         print_table(
-            "what would help most",
+            "what would help most" + (" (with mean times)" if prices.random else ""),
             ["change", "period", "saves"],
             [[change.what, seconds(change.period), percent(change.gain)] for change in changes]
             or [["none of the single changes that were tried", "", ""]],

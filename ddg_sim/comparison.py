@@ -115,7 +115,7 @@ def read_rows(path: Path, *columns: str) -> list[dict[str, str]]:
     Raises:
         ValueError: naming the file, for no rows, or a row with too few or too many values.
     """
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         lines = [line for line in file if line.strip() and not line.startswith("#")]
     rows = list(csv.DictReader(lines, fieldnames=columns or None))
     if not rows:

@@ -19,6 +19,7 @@ from typing import Any
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import evaluate
 from ddg_sim.schedule import OpKind, Schedule
+from ddg_sim.simulate import simulate
 from ddg_sim.timeline import Timeline
 from ddg_sim.times import scaled
 
@@ -82,8 +83,9 @@ def contended(schedule: Schedule, costs: Costs, contention: Contention) -> Costs
     if len(schedule.workers) == 1 or all(factor == 1 for given in factors for factor in given):
         return costs
     slowed = costs
+    play = simulate if costs.network.buses else evaluate
     for _ in range(TURNS):
-        overlap = _overlap(evaluate(schedule, slowed.means(), 3 * schedule.num_ticks(0) + 12))
+        overlap = _overlap(play(schedule, slowed.means(), 3 * schedule.num_ticks(0) + 12))
         longer: dict[str, Any] = {
             name: tuple(
                 scaled(time, 1 + _extra(contention[stage], kind, overlap[kind, stage]))
@@ -130,11 +132,11 @@ def _overlap(timeline: Timeline) -> Overlap:
             continue
         while spans[first][0].start < span.start - longest:
             first += 1
-        key = (op.kind, op.stage)
+        key = (op.kind if op.kind in FIELDS else LIKE.get(op.kind, op.kind), op.stage)
         for other, its_op in spans[first:]:
             if other.start >= span.end:
                 break
-            if home[its_op.kind, its_op.stage] != home[key]:
+            if home[its_op.kind, its_op.stage] != home[op.kind, op.stage]:
                 common = min(span.end, other.end) - max(span.start, other.start)
                 shared[key][its_op.kind] += max(0.0, common) / others
         total[key] += span.duration

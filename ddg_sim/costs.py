@@ -9,7 +9,7 @@ from functools import cached_property
 from ddg_sim.dependencies import TRAVELS, Relation
 from ddg_sim.network import FREE, Network
 from ddg_sim.schedule import OpKind
-from ddg_sim.times import Time, check_number, mean, scaled
+from ddg_sim.times import Straggler, Time, check_number, mean, scaled
 
 #: Seconds, one entry per stage.
 SECONDS = ("forward", "backward", "update", "recompute", "all_reduce", "overhead", "message")
@@ -86,8 +86,11 @@ class Costs:
         for name in PER_STAGE + PER_LINK:
             _check(name, getattr(self, name), stages)
         _check_time("barrier", self.barrier)
+        for name in (*SECONDS, *PER_LINK):
+            if any(isinstance(time, Straggler) for time in getattr(self, name)):
+                raise ValueError(f"{name} is a straggler, which is a factor: give it as jitter")
         for stage, share in enumerate(self.input_share):
-            if share > 1:
+            if not isinstance(share, int | float) or share > 1:
                 raise ValueError(f"input_share[{stage}] is {share}: give a fraction, 0 to 1")
 
     @property
@@ -261,6 +264,7 @@ def _check(name: str, values: tuple[Time, ...], stages: int) -> None:
 
 
 def _check_time(name: str, value: Time) -> None:
-    # A distribution has checked itself.
     if isinstance(value, int | float):
         check_number(name, value)
+    elif not hasattr(value, "quantile"):  # a distribution has checked itself
+        raise ValueError(f"{name} is {value!r}: give one time, a number or a distribution")

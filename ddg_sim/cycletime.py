@@ -8,14 +8,14 @@ cycle that attains it is critical: nothing but speeding up one of its members sh
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ddg_sim.costs import Costs
-from ddg_sim.dependencies import template_at
+from ddg_sim.dependencies import Node, template_at
 from ddg_sim.draws import durations
 from ddg_sim.eventgraph import (
     Arc,
@@ -115,12 +115,15 @@ def completions(
     check_stages(schedule, costs)
     graph = event_graph(schedule, costs.network)
     times = durations(graph, costs, iterations, seed, runs)
-    found = np.zeros((iterations, len(runs)))
+    # A worker has completed an iteration when it has ended the last operation of its loop body.
+    ends = {Node(worker, len(body) - 1) for worker, body in enumerate(schedule.workers)}
+    last = [event.node in ends for event in graph.events]
+    found = np.zeros((iterations, len(runs), schedule.replicas))
     for index, tick, _, end in recursion(graph, times, iterations):
-        if tick < iterations and graph.events[index].node is not None:
-            latest = end if isinstance(end, float) else end.max(axis=-1)
-            np.maximum(found[tick], latest, out=found[tick])
-    return found
+        if last[index] and tick < iterations:
+            np.maximum(found[tick], end, out=found[tick])
+    latest: Array = found.max(axis=2)
+    return latest
 
 
 def recursion(
@@ -156,14 +159,16 @@ def recursion(
             if meets[index] and not isinstance(start, float):
                 start = np.broadcast_to(start.max(axis=-1, keepdims=True), start.shape)
             time = times[index]
-            end = start + (time if isinstance(time, float) else time[min(tick, len(time) - 1)])
+            end = start + (time if isinstance(time, float) else time[tick])
         ends[index][tick % kept] = end
         yield index, tick, start, end
 
 
 def _latest(times: list[float | Array]) -> float | Array:
-    latest: float | Array = 0.0
-    for time in times:
+    if not times:
+        return 0.0
+    latest = times[0]
+    for time in times[1:]:
         latest = np.maximum(latest, time)
     return latest
 
@@ -191,6 +196,7 @@ class CycleTime:
         tokens: iterations that the critical cycle spans.
         cycle: its events, in the order in which they wait for one another.
         durations: seconds of each of them.
+        host: seconds of the cycle that hosts spend on messages and per operation.
     """
 
     schedule: Schedule
@@ -199,6 +205,7 @@ class CycleTime:
     tokens: int
     cycle: tuple[Event, ...]
     durations: tuple[float, ...]
+    host: float = 0.0
 
     @property
     def critical_cycle(self) -> tuple[str, ...]:
@@ -226,7 +233,7 @@ class CycleTime:
         all forwards, then the slowest backward (stage 3) between barriers bounds you:
         7 s per iteration
         """
-        return explain_cycle(self.schedule, self.cycle, self.durations, self.tokens)
+        return explain_cycle(self.schedule, self.cycle, self.durations, self.tokens, self.host)
 
 
 def cycle_time(schedule: Schedule, costs: Costs) -> CycleTime:
@@ -270,6 +277,9 @@ def cycle_time(schedule: Schedule, costs: Costs) -> CycleTime:
         tokens,
         tuple(graph.events[index] for index in order),
         tuple(float(seconds[index]) for index in order),
+        math.fsum(graph.events[index].host_seconds(costs) for index in order)
+        if any((*costs.overhead, *costs.message))
+        else 0.0,
     )
 
 
@@ -320,8 +330,40 @@ def critical_cycle(graph: EventGraph, seconds: Array) -> list[Arc]:
         if not _improve(policy, first, target, reached, ratio, slack):
             reached = time[source] + seconds[source] - ratio[target] * tokens
             if not _improve(policy, first, target, reached, time, slack):
+                tight = np.flatnonzero(reached >= time[target] - slack)
+                cycle = _within_one_iteration(graph, tight) or cycle[::-1]
                 break
-    return [Arc(int(source[arc]), int(target[arc]), int(tokens[arc])) for arc in reversed(cycle)]
+    else:
+        raise RuntimeError(f"no critical cycle within {MOST_TURNS} turns of policy iteration")
+    return [Arc(int(source[arc]), int(target[arc]), int(tokens[arc])) for arc in cycle]
+
+
+def _within_one_iteration(graph: EventGraph, tight: Integers) -> list[int] | None:
+    """Of the critical cycles one that spans a single iteration, for it is the easiest to tell.
+
+    On arcs that are ``tight`` the later event starts as soon as the earlier one lets it, so every
+    cycle of them is critical.
+    """
+    source, target, tokens = (column[tight].tolist() for column in graph.columns)
+    onward: dict[int, list[int]] = defaultdict(list)
+    for place, (event, count) in enumerate(zip(source, tokens, strict=True)):
+        if count == 0:
+            onward[event].append(place)
+    for closing in (place for place, count in enumerate(tokens) if count == 1):
+        came: dict[int, int] = {}  # event -> the arc by which it was reached
+        queue = deque([target[closing]])
+        while queue and source[closing] not in came and target[closing] != source[closing]:
+            for place in onward[queue.popleft()]:
+                if target[place] not in came and target[place] != target[closing]:
+                    came[target[place]] = place
+                    queue.append(target[place])
+        if source[closing] in came or target[closing] == source[closing]:
+            cycle, event = [closing], source[closing]
+            while event != target[closing]:
+                cycle.append(came[event])
+                event = source[came[event]]
+            return [int(tight[place]) for place in reversed(cycle)]
+    return None
 
 
 def _improve(

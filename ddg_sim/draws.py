@@ -72,6 +72,7 @@ class _Draw:
         self.m = graph.schedule.samples_per_iteration
         self.total = max(1, iterations * self.m)
         self.ticks = np.arange(graph.schedule.num_ticks(iterations))
+        self.drawn: dict[tuple[Time, tuple[int, ...]], Array] = {}  # micro-batches share them
 
     def event(self, event: Event) -> float | Array:
         if event.template is not None:
@@ -92,8 +93,16 @@ class _Draw:
         overhead = self._time(costs.overhead[stage], "overhead", code, samples)
         message = self._time(costs.message[stage], "message", code, samples)
         jitter = self._time(costs.jitter[stage], "jitter", code, samples)
-        slowdown = self._time(costs.slowdown[stage], "slowdown", (stage,), np.zeros(1, dtype=int))
-        found: float | Array = (work + overhead + messages * message) * jitter * slowdown
+        slowdown = self._time(costs.slowdown[stage], "slowdown", (stage,), 0 * self.ticks)
+        # Adding nothing, or multiplying by one, would be a pass over large arrays all the same.
+        host, factor = overhead + messages * message, jitter * slowdown
+        if not (isinstance(host, float) and host == 0):
+            work = work + host
+        found: float | Array = work
+        if not (isinstance(factor, float) and factor == 1):
+            found = work * factor
+        if kind is OpKind.ALL_REDUCE and not isinstance(found, float):
+            found = np.repeat(found[..., :1], self.replicas, axis=2)  # it ends for all at once
         return found
 
     def _time(
@@ -101,10 +110,12 @@ class _Draw:
     ) -> float | Array:
         if isinstance(time, int | float):
             return float(time)
-        places = np.clip(samples, 0, max(self.total, len(self.ticks)) - 1)
-        count = int(places.max()) + 1
-        u = uniforms(self.seed, (NAMES.index(name), *code), count, self.runs, self.replicas)
-        return time.quantile(u[places])
+        count = max(self.total, len(self.ticks))
+        stream = (NAMES.index(name), *code)
+        if (time, stream) not in self.drawn:
+            u = uniforms(self.seed, stream, count, self.runs, self.replicas)
+            self.drawn[time, stream] = time.quantile(u)
+        return self.drawn[time, stream][np.clip(samples, 0, count - 1)]
 
 
 def uniforms(seed: int, code: tuple[int, ...], count: int, runs: range, replicas: int) -> Array:
@@ -116,18 +127,15 @@ def uniforms(seed: int, code: tuple[int, ...], count: int, runs: range, replicas
     >>> bool((few == many[:3, :2, :1]).all())
     True
     """
-    blocks = range(runs.start // BLOCK, -(-runs.stop // BLOCK))
-    drawn = [
-        np.concatenate(
-            [
-                np.random.Generator(
-                    np.random.Philox(np.random.SeedSequence((seed, *code, replica, block)))
-                ).random((count, BLOCK))
-                for block in blocks
-            ],
-            axis=1,
-        )
-        for replica in range(replicas)
-    ]
-    first = blocks.start * BLOCK
-    return np.stack(drawn, axis=2)[:, runs.start - first : runs.stop - first]
+    first, last = runs.start // BLOCK, -(-runs.stop // BLOCK)
+    found = np.empty((count, (last - first) * BLOCK, replicas))
+    # A counter-based generator (Salmon et al. 2011): the key says which stream it is, the counter
+    # which part of it.
+    packed = sum(number << (20 * place) for place, number in enumerate(code))
+    key = np.array([seed, packed], dtype=np.uint64)
+    for replica in range(replicas):
+        for place, block in enumerate(range(first, last)):
+            counter = np.array([0, 0, replica, block], dtype=np.uint64)
+            drawn = np.random.Generator(np.random.Philox(key=key, counter=counter))
+            found[:, place * BLOCK : (place + 1) * BLOCK, replica] = drawn.random((count, BLOCK))
+    return found[:, runs.start - first * BLOCK : runs.stop - first * BLOCK]

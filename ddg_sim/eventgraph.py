@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from graphlib import CycleError, TopologicalSorter
 
@@ -63,6 +63,20 @@ class Event:
         if self.message is not None:
             return mean(costs.transfer(self.message.relation, *self.ends))
         return mean(costs.barrier)
+
+    def host_seconds(self, costs: Costs) -> float:
+        """Mean seconds of it that the host spends on messages and per operation.
+
+        >>> from ddg_sim.costs import costs
+        >>> from ddg_sim.methods import ddg
+        >>> event_graph(ddg(2)).events[0].host_seconds(costs(2, overhead=0.5, message=0.25))
+        0.75
+        """
+        if self.template is None:
+            return 0.0
+        free = replace(costs, overhead=(), message=())
+        stage, kind = self.template.stage, self.template.kind
+        return self.seconds(costs) - free.duration(kind, stage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +240,7 @@ def _add_barriers(
     meetings = [barrier_indices(schedule, worker) for worker in range(len(schedule.workers))]
     for group in zip(*meetings, strict=True):
         barrier = len(events)
-        events.append(Event("barrier"))
+        events.append(Event(f"barrier {len(set(found.values())) + 1}"))
         for worker, position in enumerate(group):
             length = len(schedule.workers[worker])
             after = index[Node(worker, (position + 1) % length)]

@@ -23,7 +23,11 @@ def duration_text(seconds: float) -> str:
 
 
 def explain_cycle(
-    schedule: Schedule, cycle: Sequence[Event], durations: Sequence[float], tokens: int
+    schedule: Schedule,
+    cycle: Sequence[Event],
+    durations: Sequence[float],
+    tokens: int,
+    host: float = 0.0,
 ) -> str:
     """Say what a critical cycle is, with stages counted from 1.
 
@@ -32,6 +36,7 @@ def explain_cycle(
         cycle: its events, in the order in which they wait for one another.
         durations: seconds of each of them.
         tokens: iterations that the cycle spans.
+        host: seconds of it that hosts spend on messages and per operation.
 
     >>> from ddg_sim.eventgraph import event_graph
     >>> from ddg_sim.methods import ddg
@@ -42,14 +47,19 @@ def explain_cycle(
     seconds = math.fsum(durations)
     timed = list(zip(cycle, durations, strict=True))
     transfers = math.fsum(duration for event, duration in timed if event.message is not None)
-    total = _total(seconds, tokens, transfers)
+    total = _total(seconds, tokens, transfers, host)
     templates = [event.template for event in cycle if event.template is not None]
     if not templates:
         names = ", ".join(_one_based(event) for event in cycle)
-        return f"the link that carries {names} bounds you: {_total(seconds, tokens, 0.0)}"
+        return f"the link that carries {names} bounds you: {_total(seconds, tokens, 0.0, 0.0)}"
     if any(_is_barrier(event) for event in cycle):
         parts = [_between_barriers(schedule, part) for part in _split(timed)]
         return f"{', then '.join(parts)} between barriers bounds you: {total}"
+    room_for = next((event for event in cycle if event.name.startswith("credit")), None)
+    if room_for is not None:
+        late, early = (stage + 1 for stage in room_for.ends)
+        room = f"the queue of {schedule.queue} between stage {early} and stage {late}"
+        return f"{room} bounds you: {total}"
     stages = sorted({template.stage for template in templates})
     workers = {event.node.worker for event in cycle if event.node is not None}
     if len(stages) == 1:
@@ -61,8 +71,10 @@ def explain_cycle(
     return f"the round trip {way} and back bounds you: {total}"
 
 
-def _total(seconds: float, tokens: int, transfers: float) -> str:
+def _total(seconds: float, tokens: int, transfers: float, host: float) -> str:
     share = f", {duration_text(transfers)} of it in transfers" if transfers > 0 else ""
+    if host > 1e-9 * seconds:
+        share += f", {duration_text(host)} of it on the hosts' part (messages, overhead)"
     if tokens == 1:
         return f"{duration_text(seconds)} per iteration{share}"
     each = duration_text(seconds / tokens)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import CycleTime, cycle_time
-from ddg_sim.dependencies import Relation
+from ddg_sim.dependencies import TRAVELS
 from ddg_sim.descent import descend, enumerate_all
 from ddg_sim.eventgraph import Event, event_graph
 from ddg_sim.layers import LayerGraph
@@ -26,7 +26,7 @@ from ddg_sim.lowering import memory
 from ddg_sim.network import FREE, Network
 from ddg_sim.rule import Activations
 from ddg_sim.schedule import OpKind, Schedule
-from ddg_sim.separable import Array, Cuts, Minimum, Row, minimise
+from ddg_sim.separable import TOLERANCE, Array, Cuts, Minimum, Row, minimise
 
 #: The functions of a cut's position of which everything else is a sum: what the layers before it
 #: cost (forward and backward seconds, parameter and output bytes), seconds of one transfer across
@@ -152,6 +152,8 @@ def partition(
     )
     rates = _values("all_reduce_rate", all_reduce_rate, schedule.num_stages, least=0.0)
     model = _Network(graph, schedule, speeds, latency, bandwidth, fixed, rates)
+    if not (math.isfinite(optimizer_state) and optimizer_state >= 0):
+        raise ValueError(f"optimizer_state is {optimizer_state}: give a number from 0 on")
     held = model.memory_rows(optimizer_state)
     sizes = _values("capacities", capacities, len(schedule.workers))
     problem = Cuts(model.basis)
@@ -169,8 +171,10 @@ def partition(
 
     def period(cuts: tuple[int, ...]) -> float:
         bound = cycle_time(schedule, model.costs(cuts))
-        if bound.period > problem.level(cuts):
+        if bound.period > problem.level(cuts) * (1 + TOLERANCE / 10):  # else it is known
             problem.add(model.cycle_row(bound.cycle, bound.tokens))
+            # Else it would be found again and again: the row says what the cycle says.
+            assert problem.level(cuts) >= bound.period * (1 - TOLERANCE)
         return bound.period
 
     if math.comb(len(graph.layers) - 1, schedule.num_stages - 1) <= FEW:
@@ -227,6 +231,8 @@ class _Network:
                 f" {schedule.method!r}: give at least one layer per stage"
             )
         per_worker = _values("speeds", speeds, len(schedule.workers))
+        if not all(map(math.isfinite, per_worker)):
+            raise ValueError(f"speeds are {per_worker}: give finite numbers")
         links = stages - 1
         self.schedule = schedule
         self.fixed = fixed  # what does not depend on the cuts
@@ -320,7 +326,7 @@ class _Network:
             if event.template is not None:
                 self._count(per_stage, event.template.kind, event.template.stage)
             elif event.message is not None and event.ends[0] != event.ends[1]:
-                per_cut[min(event.ends), TRANSFER] += event.message.relation in _TRAVELS
+                per_cut[min(event.ends), TRANSFER] += event.message.relation in TRAVELS
         return self._row(per_stage, per_cut, const, rate=float(tokens))
 
     def memory_rows(self, optimizer_state: float) -> list[Row]:
@@ -362,8 +368,6 @@ class _Network:
         return Row(coefficients, const + float(per_stage[-1] @ self.totals), rate)
 
 
-#: What takes time on a link.
-_TRAVELS = (Relation.ACTIVATION, Relation.GRADIENT)
 _UNIT_FORWARD = Costs(forward=(1.0,), backward=(0.0,))
 _UNIT_BACKWARD = Costs(forward=(0.0,), backward=(1.0,))
 
@@ -374,7 +378,9 @@ def _values(
     """One value per worker or link; positive, or at least ``least``."""
     values = list(map(float, value)) if isinstance(value, Iterable) else [float(value)] * count
     if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} values, but there are {count} to give")
+        raise ValueError(
+            f"{name} has {len(values)} values, but {count} {'is' if count == 1 else 'are'} needed"
+        )
     for index, number in enumerate(values):
         if not (number > 0 if least is None else number >= least):
             limit = "more than 0" if least is None else f"at least {least:g}"

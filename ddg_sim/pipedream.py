@@ -101,6 +101,11 @@ def parse_graph(text: str, path: str | Path = "graph.txt") -> LayerGraph:
     if not order:
         raise LayerError(f"{path}: holds only Input nodes: nothing in it computes")
     index = {node: position for position, node in enumerate(order)}
+    if len(order) > 1 and not edges:
+        raise LayerError(
+            f"{path}: has {len(order)} nodes but no edge: write one per line, as '<TAB>node1 --"
+            " node2' (is the file cut off?)"
+        )
     kept = {(index[s], index[t]) for _, s, t in edges if s not in inputs}
     return LayerGraph(tuple(layers[node] for node in order), tuple(sorted(kept)))
 

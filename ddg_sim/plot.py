@@ -29,7 +29,6 @@ COLOURS = {
     "update": ("#009E73", "white"),
     "all-reduce": ("#0072B2", "white"),
     "transfer": ("#BBBBBB", "black"),
-    "other": ("#EEEEEE", "black"),
 }
 WIDTH, ROW, LABEL_POINTS = 11.0, 0.36, 7.0  # inches, inches per lane, font size in boxes
 THIN = 0.002  # of the time axis
@@ -119,7 +118,7 @@ def _save(figure: Figure, path: Path) -> None:
 def _kind(span: Span) -> str:
     if span.op is not None:
         return span.op.kind.noun
-    return "transfer" if span.message is not None else "other"
+    return "transfer"
 
 
 def _window(timeline: Timeline, iterations: tuple[int, int] | None) -> list[Span]:
@@ -162,10 +161,9 @@ def _lanes(spans: Sequence[Span]) -> list[str]:
     for span in spans:
         if span.op is not None:
             key = (False, span.op.stage, 0)
-        elif span.message is not None:
-            key = (True, min(span.message.source, span.message.target), span.message.source)
         else:
-            key = (True, len(spans), 0)
+            assert span.message is not None
+            key = (True, min(span.message.source, span.message.target), span.message.source)
         first[span.lane] = min(first.get(span.lane, key), key)
     return sorted(first, key=lambda lane: first[lane])
 

@@ -11,7 +11,7 @@ from ddg_sim.eventgraph import event_graph
 from ddg_sim.lowering import StageMemory, memory
 from ddg_sim.methods import bp
 from ddg_sim.replicate import Estimate, estimate, exactly, ratio, replicate
-from ddg_sim.schedule import Schedule, staleness
+from ddg_sim.schedule import Schedule, backward, forward, staleness, update
 from ddg_sim.simulate import SteadyStateError, simulate, steady_period
 from ddg_sim.timeline import Timeline
 
@@ -33,7 +33,8 @@ class Prediction:
         period_is_exact: whether it is the exact value for costs that do not vary. A simulated run
             ("des") that came to no steady state within `LONGEST` iterations gives the slope of its
             timeline instead.
-        bp_period: seconds that backpropagation over as many stages takes for as many samples.
+        bp_period: seconds that backpropagation takes for as many samples, with the same stages on
+            the same devices.
         speedup: how many times faster than that; None if nothing takes any time.
         cycle: the critical cycle, with mean times; None where links share a bus.
         utilisation: per worker, fraction of the period in which it computes.
@@ -103,9 +104,11 @@ def predict(
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; known engines: {', '.join(ENGINES)}")
+    if not precision > 0:
+        raise ValueError(f"precision is {precision}: give a positive fraction of the period")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    baseline, baseline_costs = bp(schedule.num_stages), costs
+    baseline, baseline_costs = _baseline(schedule), costs
     if contention is not None:
         baseline_costs = contended(baseline, costs, contention)
         costs = contended(schedule, costs, contention)
@@ -117,11 +120,15 @@ def predict(
         cases = {"this": (schedule, costs), "bp": (baseline, baseline_costs)}
         found = replicate(cases, STEADY + 2 * schedule.num_ticks(0), precision, seed=seed)
         period, exact, before = estimate(found["this"]), False, samples * float(found["bp"].mean())
-        speedup: Estimate | None = ratio(samples * found["bp"], found["this"])
+        speedup: Estimate | None = None
+        if period.value > 0:
+            speedup = ratio(samples * found["bp"], found["this"])
     else:
         value, exact = _period(schedule, costs, engine, timeline)
         period, before = exactly(value), samples * _bp_period(baseline, baseline_costs)
         speedup = exactly(before / value) if value > 0 else None
+    # An estimate may lie below what a worker's own operations take; nobody is busier than always.
+    whole = max(period.value, cycle.period if cycle is not None else 0.0)
     busy = [0.0] * len(schedule.workers)
     for event in event_graph(schedule).events:
         if event.node is not None:
@@ -134,11 +141,28 @@ def predict(
         before,
         speedup,
         cycle,
-        tuple(seconds / period.value if period.value > 0 else 0.0 for seconds in busy),
+        tuple(seconds / whole if whole > 0 else 0.0 for seconds in busy),
         staleness(schedule),
         memory(schedule),
         timeline,
     )
+
+
+def _baseline(schedule: Schedule) -> Schedule:
+    """Backpropagation with the stages where the schedule has them."""
+    mine = [
+        [stage for stage in range(schedule.num_stages) if schedule.worker_of(stage) == worker]
+        for worker in range(len(schedule.workers))
+    ]
+    bodies = (
+        (
+            *(forward(stage) for stage in stages),
+            *(step(stage) for stage in reversed(stages) for step in (backward, update)),
+        )
+        for stages in mine
+        if stages
+    )
+    return replace(bp(schedule.num_stages), workers=tuple(bodies))
 
 
 def _period(

@@ -13,10 +13,12 @@ from ddg_sim.costs import Costs
 from ddg_sim.cycletime import completions, cycle_time
 from ddg_sim.draws import BLOCK
 from ddg_sim.schedule import Schedule
-from ddg_sim.simulate import simulate
+from ddg_sim.simulate import simulate, steady_period
 from ddg_sim.steady import robust_period
 from ddg_sim.times import Array
 
+#: Longer runs are not tried in search of a steady state.
+MOST_ITERATIONS = 3200
 #: Runs are added until the intervals are narrow enough, or there are so many.
 MOST_RUNS = 4096
 
@@ -78,6 +80,8 @@ def ratio(numerators: Array, denominators: Array, confidence: float = 0.95) -> E
     >>> ratio(2 * base, base).high
     2.0
     """
+    if not denominators.mean() > 0:
+        raise ValueError("denominators have mean 0: there is no ratio")
     mean = float(numerators.mean() / denominators.mean())
     residuals = (numerators - mean * denominators) / float(denominators.mean())
     around = estimate(residuals, confidence)
@@ -87,9 +91,9 @@ def ratio(numerators: Array, denominators: Array, confidence: float = 0.95) -> E
 def periods(
     schedule: Schedule, costs: Costs, iterations: int, seed: int = 0, runs: range = range(BLOCK)
 ) -> Array:
-    """Seconds per iteration of each of many random runs, without warm-up and drain.
+    """Seconds per iteration of each of many random runs: the slope over their second half.
 
-    Each is the slope from the first steady iteration's completion to the last one's.
+    The first half is warm-up: queues need longer to fill than the schedule says.
 
     Args:
         schedule: a valid schedule.
@@ -112,8 +116,42 @@ def periods(
             f"iterations is {iterations}, of which {first} are warm-up: give at least {first + 2}"
         )
     done = completed(schedule, costs, iterations, seed, runs)
-    slopes: Array = (done[-1] - done[first]) / (iterations - 1 - first)
-    return slopes
+    return _slopes(done, max(first, iterations // 2), iterations - 1)
+
+
+def _slopes(done: Array, first: int, last: int) -> Array:
+    found: Array = (done[last] - done[first]) / (last - first)
+    return found
+
+
+def steady_iterations(
+    schedule: Schedule, costs: Costs, iterations: int, precision: float, seed: int = 0
+) -> int:
+    """Iterations, doubled until both halves of a run agree, so that no warm-up is left.
+
+    Args:
+        schedule: a valid schedule.
+        costs: seconds, for the same number of stages.
+        iterations: where to begin.
+        precision: relative difference that does not matter.
+        seed: of the draws.
+
+    >>> from ddg_sim.costs import costs
+    >>> from ddg_sim.methods import ddg
+    >>> steady_iterations(ddg(2), costs(2), 20, 0.01)
+    20
+    """
+    while iterations < MOST_ITERATIONS:
+        done = completed(schedule, costs, iterations, seed, range(BLOCK))
+        middle = max(schedule.num_ticks(0), iterations // 2)
+        early = _slopes(done, middle // 2, middle)
+        late = _slopes(done, middle, iterations - 1)
+        change = estimate(late - early) if BLOCK > 1 else exactly(0.0)
+        noise = (change.high - change.low) / 2
+        if abs(change.value) <= max(precision * float(late.mean()), noise):
+            return iterations
+        iterations *= 2
+    return iterations
 
 
 def completed(schedule: Schedule, costs: Costs, iterations: int, seed: int, runs: range) -> Array:
@@ -162,6 +200,19 @@ def typical_period(
     return float(np.median(np.array(found, dtype=float)))
 
 
+def exact_period(schedule: Schedule, costs: Costs) -> float:
+    """Period with mean times: exact, or, where links share a bus, of a long simulation.
+
+    >>> from ddg_sim.costs import costs
+    >>> from ddg_sim.methods import ddg
+    >>> exact_period(ddg(2), costs(2))
+    3.0
+    """
+    if not costs.network.buses:
+        return cycle_time(schedule, costs).period
+    return steady_period(schedule, costs.means())
+
+
 def replicate(
     cases: Mapping[str, tuple[Schedule, Costs]],
     iterations: int,
@@ -198,16 +249,28 @@ def replicate(
     if not precision > 0:
         raise ValueError(f"precision is {precision}: give a positive fraction of the mean")
     if not any(costs.random for _, costs in cases.values()):
-        return {name: np.array([cycle_time(*case).period]) for name, case in cases.items()}
+        return {name: np.array([exact_period(*case)]) for name, case in cases.items()}
+    iterations = max(
+        steady_iterations(*case, iterations, precision, seed) for case in cases.values()
+    )
+    # The expected period is at least that of the mean times: less has not seen what is rare.
+    least = {
+        name: 0.0 if case[1].network.buses else cycle_time(*case).period * (1 - 1e-9)
+        for name, case in cases.items()
+    }
     found: dict[str, Array] = {name: np.empty(0) for name in cases}
-    start, stop = 0, BLOCK
+    start, stop = 0, min(BLOCK, max(2, most_runs))
     while True:
         for name, case in cases.items():
             more = periods(*case, iterations, seed, range(start, stop))
             found[name] = np.concatenate([found[name], more])
-        widest = max(estimate(values, confidence).relative_width for values in found.values())
-        if widest <= precision or stop >= most_runs:
+        known = {name: estimate(values, confidence) for name, values in found.items()}
+        widest = max(now.relative_width for now in known.values())
+        missed = any(now.high < least[name] for name, now in known.items())
+        if stop >= most_runs or (widest <= precision and not missed):
             return found
+        if missed:
+            widest = max(widest, 2 * precision)
         # As many more as the interval's width asks for, but never more than three times as many.
         wanted = math.ceil(stop * min(4.0, (widest / precision) ** 2) / BLOCK) * BLOCK
         start, stop = stop, min(max(wanted, stop + BLOCK), most_runs)

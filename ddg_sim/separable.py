@@ -393,11 +393,11 @@ def minimise(
     problem.stride = 1
     cuts, best, lower = _descend(problem, value_of, cuts, best, TOLERANCE)
     with contextlib.suppress(TooManyLabelsError):
-        while True:  # of equally good cuts, the first
+        known = -1
+        while len(problem.rows) > known:  # of equally good cuts, the first
+            known = len(problem.rows)
             found = problem.earliest(best * (1 + TOLERANCE))
-            if found is None:
-                break
-            if (value := value_of(found)) <= best * (1 + 2 * TOLERANCE):
+            if found is not None and (value := value_of(found)) <= best * (1 + 2 * TOLERANCE):
                 cuts, best = found, value
                 break
     return Minimum(cuts, best, min(lower, best))
@@ -428,6 +428,8 @@ def _descend(
             lower = max(lower, level - coarseness * problem.num_cuts)
         elif (value := value_of(found)) < best:
             best, cuts = value, found
+        elif len(problem.rows) == known:
+            break  # within rounding of the level: nothing is to be learnt from asking again
         if len(problem.rows) > known:
             lower = max(lower, problem.lower_bound())
         ask_outright = found is None and best - lower < NEAR * best

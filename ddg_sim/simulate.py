@@ -121,7 +121,8 @@ class _Stream:
     """The messages of one channel: which have arrived, and who waits for the next one."""
 
     __slots__ = (
-        "arrived", "channel", "ends", "link", "needed", "seconds", "starts", "ticks", "waiters"
+        "arrived", "channel", "ends", "link", "needed", "seconds", "starts", "ticks", "travels",
+        "waiters",
     )  # fmt: skip
 
     def __init__(self, channel: Channel, needed: range, ticks: range, seconds: Seconds) -> None:
@@ -131,6 +132,7 @@ class _Stream:
         self.seconds = seconds
         self.arrived = ticks.start  # all messages sent in earlier iterations are there
         self.waiters: list[tuple[int, simpy.Event]] = []
+        self.travels = channel.dependency.travels
         self.link: _Link
         self.starts, self.ends = array("d"), array("d")
 
@@ -221,8 +223,13 @@ class _Replica:
             yield f"worker {worker} waits for {what}"
 
     def work(self, worker: int) -> Process:
-        """Walk the program of one worker."""
+        """Walk the program of one worker.
+
+        Its clock ``now`` may be ahead of the simulation's: operations that nobody else can see
+        need no event. Before others can (a meeting, a shared medium) the simulation catches up.
+        """
         env, timeout, send, waits = self.env, self.env.timeout, self._links.send, self._waits
+        now = 0.0
         for tick in range(self.ticks):
             for position, place in enumerate(self.bodies[worker]):
                 for stream, tokens in place.incoming:
@@ -231,32 +238,37 @@ class _Replica:
                         waits[worker] = (stream, sent)
                         yield stream.until(env.event(), sent)
                         del waits[worker]
+                        now = max(now, env.now)
                 if tick in place.ticks:
                     if place.meets:
+                        yield timeout(now - env.now)
                         waits[worker] = "its replicas"
                         yield self.meeting.come((worker, position, tick))
                         del waits[worker]
-                    place.starts.append(env.now)
+                        now = env.now
                     seconds = place.seconds
                     if isinstance(seconds, list):
                         seconds = seconds[tick]
-                    if seconds:
-                        yield timeout(seconds)
-                    place.ends.append(env.now)
+                    place.starts.append(now)
+                    now += seconds
+                    place.ends.append(now)
                     for stream in place.outgoing:
                         if tick in stream.ticks:
-                            send(stream, tick)
+                            if stream.link.medium is not None:
+                                yield timeout(now - env.now)
+                            send(stream, tick, now)
                     if self.blocking:
                         for stream in place.outgoing:
-                            if tick in stream.ticks:
-                                waits[worker] = (stream, tick)
-                                if stream.arrived <= tick:
-                                    yield stream.until(env.event(), tick)
-                                del waits[worker]
+                            if stream.arrived <= tick and tick in stream.ticks:
+                                yield stream.until(env.event(), tick)
+                        now = max(now, env.now)
                 if place.barrier is not None:
+                    yield timeout(now - env.now)
                     waits[worker] = f"barrier {place.barrier} of iteration {tick}"
                     yield self._meet(worker, place.barrier, tick)
                     del waits[worker]
+                    now = env.now
+        yield timeout(now - env.now)
 
     def _meet(self, worker: int, barrier: int, tick: int) -> simpy.Event:
         everyone, present = self._barriers.setdefault((barrier, tick), (self.env.event(), []))
@@ -309,44 +321,44 @@ class _Links:
 
     def __init__(self, env: simpy.Environment, network: Network, streams: list[_Stream]) -> None:
         self._env = env
-        links: dict[tuple[int, int], _Link] = {}
+        links: dict[tuple[int, int, Bus | None], _Link] = {}
         media: dict[Bus, _Medium] = {}
         for stream in streams:
             edge, ends = stream.channel.dependency, (stream.channel.source, stream.channel.target)
             bus = next((bus for bus in network.buses if ends in bus.links), None)
             if bus is not None and bus not in media:
                 media[bus] = MEDIA[bus.sharing](env)
-            workers = edge.source.worker, edge.target.worker
-            stream.link = links.setdefault(workers, _Link())
-            if bus is not None:
+            workers = edge.source.worker, edge.target.worker, bus
+            stream.link = links.setdefault(workers, _Link()) if stream.travels else _Link()
+            if bus is not None and stream.travels:
                 stream.link.medium = media[bus]
 
-    def send(self, stream: _Stream, tick: int) -> None:
-        """Hand over the message sent in ``tick``."""
-        link, now, seconds = stream.link, self._env.now, stream.seconds
+    def send(self, stream: _Stream, tick: int, now: float) -> None:
+        """Hand over, at time ``now``, the message sent in ``tick``."""
+        link, seconds = stream.link, stream.seconds
         if isinstance(seconds, list):
             seconds = seconds[tick]
-        if not stream.channel.dependency.travels:  # within a stage, or a mere signal
-            stream.starts.append(now)
-            stream.ends.append(now)
-            stream.arrive()
-            return
         if link.medium is not None:
             link.pending.append((stream, seconds))
             self._next(link, link.medium)
             return
-        start = link.free if link.free > now else now
-        link.free = end = start + seconds
+        start = end = now
+        if stream.travels:  # else it stays within a stage, or is a mere signal
+            start = link.free if link.free > now else now
+            link.free = end = start + seconds
         stream.starts.append(start)
         stream.ends.append(end)
-        if end > now:
-            self._env.timeout(end - now).callbacks.append(stream.arrive)
+        if end > self._env.now:
+            self._env.timeout(end - self._env.now).callbacks.append(stream.arrive)
         else:
             stream.arrive()
 
     def _next(self, link: _Link, medium: _Medium) -> None:
-        """Begin the next transfer of a link on a shared medium."""
-        if link.busy or not link.pending:
+        """Hand the next transfer of a link to a shared medium.
+
+        Where all share equally, a link still carries one message at a time; a queue keeps order.
+        """
+        if not link.pending or (link.busy and isinstance(medium, _Fair)):
             return
         link.busy = True
         stream, seconds = link.pending.popleft()

@@ -22,7 +22,7 @@ from ddg_sim.steady import Regime, find_regime, robust_period
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One thing that took place: an operation, the transfer of a message, or neither.
+    """One thing that took place: an operation, or the transfer of a message.
 
     ``start`` and ``end`` are seconds. ``lane`` is where it is drawn, see `worker_lane`.
     """
@@ -38,7 +38,7 @@ class Span:
     def duration(self) -> float:
         """Seconds from start to end.
 
-        >>> Span("stage 1", "load data", 1.0, 1.5).duration
+        >>> Span("link 1→2", "activation 0", 1.0, 1.5).duration
         0.5
         """
         return self.end - self.start
@@ -135,6 +135,9 @@ class Timeline:
     def of(schedule: Schedule, iterations: int, spans: Iterable[Span]) -> Timeline:
         """The timeline of a measured run, from its spans.
 
+        Raises:
+            ValueError: for an operation that the schedule does not run, there or with that version.
+
         >>> from ddg_sim.costs import costs
         >>> from ddg_sim.cycletime import evaluate
         >>> from ddg_sim.methods import ddg
@@ -152,11 +155,21 @@ class Timeline:
         for found in channels(schedule):
             offset = message_of(schedule, found, 0).sample
             channel[found.relation, found.source, offset % m] = (found.number, offset)
+        programs = [
+            list(schedule.ticks(worker, iterations)) for worker in range(len(schedule.workers))
+        ]
         operations, transfers = [], []
-        for span in spans:
+        for number_of_span, span in enumerate(spans):
             if span.op is not None:
                 op = span.op
-                lane, position = place[op.kind, op.stage, op.sample % m]
+                lane, position = place.get((op.kind, op.stage, op.sample % m), (0, -1))
+                within = position >= 0 and 0 <= op.iteration < len(programs[lane])
+                planned = programs[lane][op.iteration][position] if within else None
+                if op != planned:
+                    raise ValueError(
+                        f"span {number_of_span}: {op}, but the schedule runs"
+                        f" {planned or 'no such operation'}"
+                    )
                 operations.append((lane, position, op.iteration, span.start, span.end))
             elif span.message is not None:
                 sent = span.message

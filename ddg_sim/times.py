@@ -94,7 +94,11 @@ class LogNormal:
             return np.full_like(u, self.mean)
         width = math.sqrt(math.log1p((self.std / self.mean) ** 2))
         scale = self.mean / math.exp(width**2 / 2)
-        return np.asarray(scale * np.exp(width * special.ndtri(u)))
+        found: Array = special.ndtri(u)  # in place from here on: these arrays are large
+        found *= width
+        np.exp(found, out=found)
+        found *= scale
+        return found
 
     def scaled(self, factor: float) -> LogNormal:
         """Mean and standard deviation times ``factor``."""
@@ -241,7 +245,7 @@ def parse_time(text: str) -> Time:
 
 def _forms() -> list[str]:
     return [
-        "normal(mean,std)",
+        "normal(centre,std)",
         "lognormal(mean,std)",
         "gamma(mean,std)",
         "samples(a,b,…)",

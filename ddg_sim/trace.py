@@ -13,6 +13,7 @@ from typing import Any
 
 from ddg_sim.dependencies import BACKWARDS
 from ddg_sim.files import replacing
+from ddg_sim.rule import Activations, Gradient
 from ddg_sim.schedule import Op, OpKind
 from ddg_sim.timeline import Span, Timeline
 
@@ -112,7 +113,7 @@ def _meta(kind: str, pid: int, tid: int, **args: object) -> Event:
 def _category(span: Span) -> str:
     if span.op is not None:
         return span.op.kind.noun
-    return "transfer" if span.message is not None else "other"
+    return "transfer"
 
 
 def _details(span: Span) -> Event:
@@ -158,10 +159,11 @@ def _flows(
     timeline: Timeline, tracks: list[Track], pid: int, first: int, origin: float
 ) -> list[Event]:
     made: dict[tuple[str, int, int], Track] = {}
+    local = timeline.schedule.rule.gradient is Gradient.LOCAL
     for span, tid in tracks:
         if span.op is not None and span.op.kind is OpKind.FORWARD:
             made["activation", span.op.stage, span.op.sample] = (span, tid)
-        elif span.op is not None and span.op.kind in BACKWARDS:
+        elif span.op is not None and span.op.kind in BACKWARDS and not local:
             made["gradient", span.op.stage, span.op.sample] = (span, tid)
     events: list[Event] = []
     number = first
@@ -181,7 +183,12 @@ def _flows(
 
 
 def _counters(timeline: Timeline, pid: int, origin: float) -> list[Event]:
-    """Live activations: from the start of a forward pass to the end of its backward pass."""
+    """Live activations: from the start of a forward pass to the end of its backward pass.
+
+    Where a stage keeps none of them in between there is nothing to count.
+    """
+    if timeline.schedule.rule.activations not in (Activations.GRAPH, Activations.INPUT):
+        return []
     changes: dict[int, list[tuple[float, int]]] = defaultdict(list)
     for span, op in timeline.operations:  # per stage these are in the order in which they ran
         if op.kind is OpKind.FORWARD:

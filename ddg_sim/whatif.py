@@ -47,8 +47,8 @@ class Change:
 def improvements(schedule: Schedule, costs: Costs, faster: float = 0.1) -> list[Change]:
     """Try one change at a time; the best first, those that gain nothing left out.
 
-    Each stage's computing ``faster`` by that fraction, each link's transfers twice as fast, and
-    one more iteration of delay for all stages up to each one.
+    Each stage's computing in less time by the fraction ``faster``, each link's transfers twice as
+    fast, and one more iteration of delay for all stages up to each one.
 
     Args:
         schedule: a valid schedule.
@@ -63,9 +63,9 @@ def improvements(schedule: Schedule, costs: Costs, faster: float = 0.1) -> list[
     >>> for change in improvements(ddg(2), costs(2, comm=2.0)):
     ...     print(f"{change.what}: {change.gain:.0%}")
     one more iteration of delay at stage 1: 33%
-    the link from stage 1 to stage 2 twice as fast: 20%
-    stage 1's computing 10 % faster: 3%
-    stage 2's computing 10 % faster: 3%
+    the link between stages 1 and 2 twice as fast: 20%
+    stage 1 computing in 10 % less time: 3%
+    stage 2 computing in 10 % less time: 3%
     """
     if not 0 < faster < 1:
         raise ValueError(f"faster is {faster}: give a fraction between 0 and 1")
@@ -73,10 +73,10 @@ def improvements(schedule: Schedule, costs: Costs, faster: float = 0.1) -> list[
     stages, links = range(schedule.num_stages), range(schedule.num_stages - 1)
     tried: list[tuple[str, Schedule, Costs]] = []
     for stage in stages:
-        words = f"stage {stage + 1}'s computing {100 * faster:g} % faster"
+        words = f"stage {stage + 1} computing in {100 * faster:g} % less time"
         tried.append((words, schedule, _scaled(costs, PASSES, stage, 1 - faster)))
     for link in links:
-        words = f"the link from stage {link + 1} to stage {link + 2} twice as fast"
+        words = f"the link between stages {link + 1} and {link + 2} twice as fast"
         tried.append((words, schedule, _scaled(costs, PER_LINK, link, 0.5)))
     for stage in links:
         if (later := with_more_delay(schedule, stage)) is not None:

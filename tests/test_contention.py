@@ -10,7 +10,8 @@ from ddg_sim.contention import contended
 from ddg_sim.costs import costs
 from ddg_sim.methods import bp, ddg
 from ddg_sim.predict import predict
-from ddg_sim.schedule import Sync
+from ddg_sim.schedule import OpKind, Sync
+from ddg_sim.synchronous import zb_h1
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 5])
@@ -24,6 +25,18 @@ def test_where_everything_overlaps_everything_takes_the_full_factor(num_stages: 
     found = contended(ddg(num_stages), costs(num_stages), [1.25] * num_stages)
     assert found.forward == pytest.approx([1.25] * num_stages)
     assert found.backward == pytest.approx([2.5] * num_stages)
+
+
+def test_both_halves_of_a_backward_pass_slow_down() -> None:
+    found = contended(zb_h1(3, 3), costs(3), [1.5] * 3)
+    assert 2.5 < min(found.backward) <= max(found.backward) <= 3.0
+
+
+def test_pairs_of_kinds_have_factors_of_their_own() -> None:
+    pairs = {(OpKind.BACKWARD, OpKind.BACKWARD): 1.5, (OpKind.FORWARD, OpKind.BACKWARD): 1.2}
+    found = contended(ddg(2, Sync.BARRIER), costs(2), [pairs, pairs])
+    assert found.forward == (1.0, 1.0)
+    assert found.backward == pytest.approx((3.0, 3.0))
 
 
 def test_between_barriers_only_the_backward_passes_overlap() -> None:

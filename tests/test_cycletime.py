@@ -185,6 +185,20 @@ def test_the_critical_cycle_attains_the_period(pair):
     found = cycle_time(schedule, prices)
     assert found.tokens >= 1
     assert found.seconds == sum(found.durations)
+    graph = event_graph(schedule)
+    arcs = {}
+    for arc in graph.arcs:
+        ends = graph.events[arc.source].name, graph.events[arc.target].name, arc.source, arc.target
+        arcs.setdefault(ends, set()).add(arc.tokens)
+    where = [graph.events.index(event) for event in found.cycle]
+    joined = zip(where, where[1:] + where[:1], strict=True)
+    names = [
+        (graph.events[source].name, graph.events[target].name, source, target)
+        for source, target in joined
+    ]
+    possible = [sum(choice) for choice in itertools.product(*(arcs[name] for name in names))]
+    assert found.tokens in possible
+    assert list(found.durations) == [event.seconds(prices) for event in found.cycle]
     assert found.period == pytest.approx(found.seconds / found.tokens, rel=1e-12)
     assert len(set(found.critical_cycle)) == len(found.critical_cycle) or (
         schedule.samples_per_iteration > 1 or schedule.sync is Sync.BARRIER

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import combinations, pairwise
 
+import closed_forms
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -143,6 +144,30 @@ def test_whatever_schedule_it_is(schedule, data):
     assert_optimal(graph, schedule, data.draw(devices(schedule)))
 
 
+CLOSED = [
+    (ddg(4), closed_forms.ddg_none),
+    (ddg(4, Sync.BARRIER), closed_forms.ddg_barrier),
+    (ddg(4, Sync.MAILBOX), closed_forms.ddg_mailbox),
+]
+
+
+@pytest.mark.parametrize(("schedule", "closed"), CLOSED)
+@pytest.mark.parametrize("seed", [1, 3])
+def test_where_bounds_alone_do_not_decide(schedule, closed, seed, monkeypatch):
+    """Enough layers that the dynamic program has to choose, and every cut's closed form."""
+    graph = random_chain(32, seed, more=3)
+    arguments = {"speeds": [1.0, 2.0, 0.5, 1.0], "bandwidth": 300.0}
+    monkeypatch.setattr(separable.Cuts, "lower_bound", lambda self: 0.0)  # no implied constraints
+    found = partition(graph, schedule, **arguments)
+    periods = {
+        cut: closed(costs_of(graph, schedule, cut, **arguments))
+        for cut in every_cut(graph, schedule)
+    }
+    assert found.exact
+    assert found.period == pytest.approx(min(periods.values()), rel=DIGITS)
+    assert found.cuts == min(periods, key=lambda cut: (periods[cut], cut))
+
+
 def test_the_barrier_balances_backward_times_and_without_it_both():
     layers = [Layer(f"l{n}", f, b) for n, (f, b) in enumerate([(6, 1), (1, 3), (1, 3), (1, 1)])]
     graph = LayerGraph(tuple(layers), ((0, 1), (1, 2), (2, 3)))
@@ -231,7 +256,7 @@ def test_a_layer_that_costs_nothing_changes_no_period():
         assert partition(longer, schedule, bandwidth=500.0).period <= short * (1 + DIGITS)
 
 
-def random_chain(layers, seed):
+def random_chain(layers, seed, more=0):
     random = np.random.default_rng(seed)
     measured = tuple(
         Layer(f"l{n}", f, b, int(size), 10)
@@ -244,7 +269,8 @@ def random_chain(layers, seed):
             )
         )
     )
-    return LayerGraph(measured, tuple(pairwise(range(layers))))
+    jumps = [tuple(sorted(map(int, random.choice(layers, 2, replace=False)))) for _ in range(more)]
+    return LayerGraph(measured, (*pairwise(range(layers)), *jumps))
 
 
 def test_two_thousand_layers_are_cut_exactly():

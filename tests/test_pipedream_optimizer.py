@@ -2,6 +2,7 @@
 
 import csv
 import os
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -148,6 +149,17 @@ def test_a_branch_may_be_cut_in_any_order_that_its_edges_allow():
     plan = pipedream_plan(graph, 2, straight=True)
     assert [stage.layers for stage in plan.stages] == [(0, 2), (1, 3)]
     assert plan.stage_time == 5.0
+
+
+def test_a_state_sends_what_one_of_its_ends_does_not_lead_through():
+    """Layer 0 is read by 1 and by 2 only, yet it counts where all three lie before a boundary."""
+    layers = tuple(Layer(f"l{n}", s, 0.0, b) for n, (s, b) in enumerate([(1, 1000), (1, 1)] * 2))
+    graph = LayerGraph(
+        (*layers[:2], layers[1], replace(layers[1], forward=3.0)), ((0, 1), (0, 2), (1, 3), (2, 3))
+    )
+    assert pipedream_plan(graph, 2, 100.0, straight=True).stage_time == 2 * 1000 / 100
+    chain = LayerGraph(graph.layers, ((0, 1), (1, 2), (2, 3)))
+    assert pipedream_plan(chain, 2, 100.0, straight=True).stage_time == 3.0
 
 
 @pytest.mark.parametrize(

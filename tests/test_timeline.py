@@ -15,7 +15,7 @@ from ddg_sim.costs import costs
 from ddg_sim.cycletime import evaluate
 from ddg_sim.dependencies import Relation
 from ddg_sim.lowering import Message, StageMemory, memory
-from ddg_sim.methods import bp, ddg
+from ddg_sim.methods import METHODS, bp, ddg, method
 from ddg_sim.plot import gantt
 from ddg_sim.schedule import OpKind, Sync
 from ddg_sim.simulate import simulate
@@ -91,7 +91,10 @@ def test_long_measured_runs_are_thinned():
     op_span, op = evaluate(bp(1), costs(1), 1).operations[0]
     spans = tuple(
         dataclasses.replace(
-            op_span, start=2.0 * t, end=2.0 * t + 1, op=dataclasses.replace(op, iteration=t)
+            op_span,
+            start=2.0 * t,
+            end=2.0 * t + 1,
+            op=dataclasses.replace(op, iteration=t, sample=t, version=t),
         )
         for t in range(20_000)
     )
@@ -211,6 +214,29 @@ def test_predicted_above_measured_in_one_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["trace.json"]
     with pytest.raises(ValueError, match="timelines is empty"):
         write_trace(path, {})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_traces_of_every_method_are_well_formed(name):
+    schedule = method(name, 3)
+    flows = assert_well_formed(
+        chrome_trace(evaluate(schedule, costs(3, comm=0.25), 6))["traceEvents"]
+    )
+    for start, finish in flows.values():
+        assert start["ts"] <= finish["ts"], "an arrow back in time"
+
+
+def test_a_measured_run_must_be_a_run_of_the_schedule():
+    run = evaluate(ddg(2), costs(2), 3)
+    span, op = run.operations[0]
+    for change, words in (
+        ({"version": 7}, "span 0: F0.0.v7@0, but the schedule runs F0.0.v0@0"),
+        ({"iteration": 9}, "no such operation"),
+        ({"stage": 5}, "no such operation"),
+    ):
+        wrong = dataclasses.replace(span, op=dataclasses.replace(op, **change))
+        with pytest.raises(ValueError, match=words):
+            Timeline.of(ddg(2), 3, [wrong])
 
 
 # --- Pictures -----------------------------------------------------------------------------------

@@ -79,6 +79,10 @@ def test_a_wrong_time_in_costs_is_named():
         Costs(forward=(Gamma(1.0, 0.1), -1.0), backward=(1.0, 1.0))
     with pytest.raises(ValueError, match=r"input_share\[0\] is 1.5: give a fraction"):
         costs(1, input_share=1.5)
+    with pytest.raises(ValueError, match="forward is a straggler, which is a factor"):
+        costs(2, forward=Straggler(0.1, 3.0))
+    with pytest.raises(ValueError, match="input_share"):
+        costs(1, input_share=Gamma(0.5, 0.1))
     with pytest.raises(TypeError, match="costs has no entry 'forwards'"):
         costs(2, forwards=1.0)
 

@@ -54,7 +54,7 @@ def test_every_gain_is_real_and_the_best_comes_first(pair):
         assert 0 < change.gain <= 1
         assert change.period == pytest.approx(period * (1 - change.gain))
         if change.what.startswith("the link"):
-            link = int(change.what.split("stage ")[1].split()[0]) - 1
+            link = int(change.what.split("stages ")[1].split()[0]) - 1
             faster = {
                 name: tuple(t / 2 if k == link else t for k, t in enumerate(getattr(prices, name)))
                 for name in PER_LINK
