@@ -78,7 +78,9 @@ def descend(problem: Cuts, value_of: Value, starts: Iterable[tuple[int, ...]]) -
         promising = [
             (level, point)
             for point in problem.relaxed
-            if point not in tried and (level := problem.level(point)) < best * (1 - TOLERANCE)
+            if point not in tried
+            and problem.within_limits(point)
+            and (level := problem.level(point)) < best * (1 - TOLERANCE)
         ]
         if best - lower <= TOLERANCE * best or not promising:
             return Minimum(cuts, best, min(lower, best))

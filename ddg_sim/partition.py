@@ -182,8 +182,9 @@ def partition(
     else:
         starts = [model.even_cuts(), *(model.bottleneck_cuts(w) for w in (0, 1, 2))]
         best = descend(problem, period, [start, *starts])
-        # Where memory is short, single moves lead nowhere, but there are few cuts to choose from.
-        if not quick or (not best.exact and not all(map(problem.within_limits, starts))):
+        # Where memory is short, single moves lead nowhere, but there are fewer cuts to choose from.
+        better = [cuts for cuts in problem.relaxed if problem.level(cuts) < best.value]
+        if not quick or not (best.exact or all(map(problem.within_limits, [*starts, *better]))):
             best = minimise(problem, period, best.cuts)
     costs = model.costs(best.cuts)
     return Partition(

@@ -9,6 +9,7 @@ taken as proportional to that number; what the host spends on an operation is no
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -263,7 +264,10 @@ def _schedule(
     if micro is not None and not splits:
         raise ValueError(f"{name} does not split a batch: it takes 1 micro-batch")
     options: dict[str, Any] = {} if micro is None else {"micro_batches": micro}
-    return methods.method(name, stages, sync, replicas=copies, **options)
+    try:
+        return methods.method(name, stages, sync, replicas=copies, **options)
+    except ValueError as error:  # without the value, the same for many points
+        raise ValueError(f"{name}: {re.sub(r', got -?[0-9]+$', '', str(error))}") from None
 
 
 def _check(schedule: Schedule, setting: Setting) -> None:

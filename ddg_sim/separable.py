@@ -116,8 +116,8 @@ class Cuts:
 
     @property
     def relaxed(self) -> list[tuple[int, ...]]:
-        """Cuts that `lower_bound` came across, those within limits."""
-        return [point for point in self._points if self.within_limits(point)]
+        """Cuts that `lower_bound` came across, within limits or not."""
+        return list(self._points)
 
     def lower_bound(self) -> float:
         """A level below which no cuts keep all constraints that have a rate.

@@ -122,3 +122,17 @@ def test_a_short_memory_is_searched_to_the_end(monkeypatch):
     assert quick.period == pytest.approx(slow.period, rel=DIGITS)
     with pytest.raises(DoesNotFitError):
         partition(graph, schedule, capacities=0.1 * tight, quick=True)
+
+
+@pytest.mark.parametrize("share", [0.95, 0.85, 0.75])
+def test_memory_that_rules_out_the_relaxed_optimum_is_noticed(share, monkeypatch):
+    """Once all starts fitted, the best cuts did not, and what was found was far from the best."""
+    monkeypatch.setattr("ddg_sim.partition.FEW", 0)
+    schedule = bp(6)
+    for seed in range(4):
+        graph = chain(seed, 24)
+        free = partition(graph, schedule, bandwidth=30.0)
+        arguments = {"bandwidth": 30.0, "capacities": share * max(free.memory)}
+        quick, slow = (partition(graph, schedule, quick=q, **arguments) for q in (True, False))
+        assert quick.period == pytest.approx(slow.period, rel=DIGITS)
+        assert quick.period >= free.period

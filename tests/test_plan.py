@@ -196,6 +196,8 @@ def test_what_is_skipped_is_counted_with_its_reason():
         "fewer samples per update than micro-batches times replicas": 1,
     }
     assert len(found.rows) == 5
+    odd = plan(CHAIN, ["interleaved"], range(1, 6))
+    assert odd.skipped == {"interleaved: num_stages must be a multiple of chunks=2": 3}
     few = plan(CHAIN, ["bp"], [2, 8], cluster=cluster(4))
     assert few.skipped == {"more devices than the cluster's 4": 1}
 
