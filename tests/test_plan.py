@@ -126,6 +126,19 @@ def test_speed_factors_move_the_cuts():
     assert found.period.value == pytest.approx(3 * 0.03)
 
 
+def test_what_the_host_spends_does_not_grow_with_the_batch():
+    devices = [{"name": "gpu"}]
+    alone = Cluster.model_validate(
+        {"version": 1, "devices": devices, "host": {"operation": "2 ms"}}
+    )
+    rows = plan(CHAIN, ["bp"], [1], cluster=alone, **SWEEP | {"replicas": [1]}).rows
+    periods = {row.batch_size: row.period.value for row in rows}
+    assert periods == {
+        16: pytest.approx(TOTAL / 2 + 3 * 0.002),  # forward, backward, update
+        64: pytest.approx(TOTAL * 2 + 3 * 0.002),
+    }
+
+
 def test_a_shared_bus_is_never_faster_and_is_said():
     bus = {"bandwidth": "10 kB/s", "latency": "1 ms"}
     shared = cluster(default_link={**bus, "bus": "b"}, buses=[{"name": "b", "sharing": "fifo"}])
