@@ -86,7 +86,7 @@ def plan(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Rank methods, numbers of stages and batches by their predicted speed.
+    """Rank methods, stages and batches by predicted speed.
 
     A batch is the samples of one update over all replicas: with m micro-batches on R replicas, an
     operation runs on batch/(m R) samples. Seconds and bytes of a layer grow with that number, the

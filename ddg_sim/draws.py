@@ -115,7 +115,8 @@ class _Draw:
         if (time, stream) not in self.drawn:
             u = uniforms(self.seed, stream, count, self.runs, self.replicas)
             self.drawn[time, stream] = time.quantile(u)
-        return self.drawn[time, stream][np.clip(samples, 0, count - 1)]
+        found: Array = self.drawn[time, stream][np.clip(samples, 0, count - 1)]
+        return found
 
 
 def uniforms(seed: int, code: tuple[int, ...], count: int, runs: range, replicas: int) -> Array:

@@ -265,6 +265,8 @@ def check_number(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}: give at most {MAX_SECONDS:g} seconds")
 
 
+#: Standard deviations up to so many means are taken.
+WIDEST = 1000.0
 MAX_SECONDS = 1e12  # 30 000 years; sums of much larger numbers would overflow
 
 
@@ -273,3 +275,8 @@ def _check_moments(shape: str, first: str, value: float, std: float) -> None:
     check_number(f"{shape}: std", std)
     if value == 0 and std > 0:
         raise ValueError(f"{shape}: {first} is 0 while std is {std}: give a {first} above 0")
+    if std > WIDEST * value:
+        raise ValueError(
+            f"{shape}: std is {std}, more than {WIDEST:g} times the {first} {value}: no number of"
+            " runs would show its mean"
+        )

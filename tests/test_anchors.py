@@ -353,9 +353,9 @@ def test_a_folder_that_does_not_exist_is_an_error(capsys):
 
 
 def test_absent_files_are_named(capsys, tmp_path):
-    code, out, _ = run(capsys, "--path", str(tmp_path))
-    assert code == 0
-    assert all(name in out for name in ANCHORS)
+    code, _, err = run(capsys, "--path", str(tmp_path))
+    assert code == 2
+    assert all(name in err for name in ANCHORS)
 
 
 def test_an_absent_default_folder_is_no_error(capsys, tmp_path, monkeypatch):

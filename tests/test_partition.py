@@ -317,7 +317,7 @@ def test_where_it_gives_up_it_says_how_far_from_optimal_it_may_be(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"speeds": [1.0]}, r"^speeds has 1 values, but there are 2 to give"),
+        ({"speeds": [1.0]}, r"^speeds has 1 values, but 2 are needed"),
         ({"speeds": [1.0, 0.0]}, r"^speeds\[1\] is 0.0: give a number that is more than 0"),
         ({"bandwidth": float("nan")}, r"^bandwidth\[0\] is nan: give a number that is more than 0"),
         ({"latency": -1.0}, r"^latency\[0\] is -1.0: give a number that is at least 0"),

@@ -29,7 +29,7 @@ def spread(prices, share=0.3):
         for name in (*SECONDS, *PER_LINK)
     }
     factor = (Gamma(1.0, share),) * prices.num_stages
-    late = Gamma(prices.barrier, share) if prices.barrier else 0.0
+    late = Gamma(prices.barrier, share * prices.barrier) if prices.barrier else 0.0
     return dataclasses.replace(prices, **changed, jitter=factor, slowdown=factor, barrier=late)
 
 

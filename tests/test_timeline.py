@@ -218,10 +218,8 @@ def test_predicted_above_measured_in_one_file(tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_traces_of_every_method_are_well_formed(name):
-    schedule = method(name, 3)
-    flows = assert_well_formed(
-        chrome_trace(evaluate(schedule, costs(3, comm=0.25), 6))["traceEvents"]
-    )
+    run = evaluate(method(name, 4), costs(4, comm=0.25), 6)
+    flows = assert_well_formed(chrome_trace(run)["traceEvents"])
     for start, finish in flows.values():
         assert start["ts"] <= finish["ts"], "an arrow back in time"
 
