@@ -21,9 +21,10 @@ from typing import Any
 import joblib
 
 from ddg_sim import methods
-from ddg_sim.cluster import Cluster, ClusterError, TooFewDevicesError, place
+from ddg_sim.cluster import Cluster, ClusterError
 from ddg_sim.dependencies import validate
 from ddg_sim.layers import LayerGraph
+from ddg_sim.placement import TooFewDevicesError, place
 from ddg_sim.point import Outcome, Setting, outcomes
 from ddg_sim.replicate import Estimate, estimate, exactly, ratio
 from ddg_sim.schedule import Schedule, ScheduleError, Sync, staleness

@@ -9,10 +9,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from ddg_sim.cluster import Cluster, Placement, place
+from ddg_sim.cluster import Cluster
 from ddg_sim.cycletime import CycleTime
 from ddg_sim.layers import LayerGraph
 from ddg_sim.partition import DoesNotFitError, Partition, memory_at, partition
+from ddg_sim.placement import Placement, place
 from ddg_sim.replicate import replicate
 from ddg_sim.schedule import Schedule
 from ddg_sim.simulate import SteadyStateError, simulate, steady_period

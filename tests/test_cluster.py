@@ -14,13 +14,12 @@ from ddg_sim.cluster import (
     RATES,
     Cluster,
     ClusterError,
-    TooFewDevicesError,
-    place,
     quantity,
     read,
 )
 from ddg_sim.methods import bp, data_parallel, ddg, dp, interleaved
 from ddg_sim.network import Sharing
+from ddg_sim.placement import TooFewDevicesError, place
 
 GB = 1e9
 TWO_KINDS = [
