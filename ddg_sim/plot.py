@@ -379,5 +379,5 @@ def _heat_panels(figure: Figure | SubFigure, rows: Sequence[Row]) -> None:
         for axis in axes[:, 0]:
             axis.set_ylabel("batch")
     figure.colorbar(
-        picture, ax=list(axes.flat), label="speedup (×: no fit)"
+        picture, ax=list(axes.flat), label="speedup over BP (×: no fit)"
     )
