@@ -378,6 +378,4 @@ def _heat_panels(figure: Figure | SubFigure, rows: Sequence[Row]) -> None:
     if several:
         for axis in axes[:, 0]:
             axis.set_ylabel("batch")
-    figure.colorbar(
-        picture, ax=list(axes.flat), label="speedup over BP (×: no fit)"
-    )
+    figure.colorbar(picture, ax=list(axes.flat), label="speedup over BP (×: no fit)")
