@@ -24,8 +24,8 @@ from ddg_sim.eventgraph import (
     Integers,
     check_stages,
     event_graph,
-    existence,
     state_ticks,
+    takes_place,
     unroll,
 )
 from ddg_sim.explain import explain_cycle
@@ -79,10 +79,10 @@ def evaluate(
     for index, tick, start, end in recursion(graph, times, iterations, drain):
         starts[index, tick] = start if isinstance(start, float) else start[0, 0]
         ends[index, tick] = end if isinstance(end, float) else end[0, 0]
-    takes_place = _takes_place(graph, iterations, drain)
+    happens = takes_place(graph, iterations, drain)
     operations, transfers, channel = [], [], 0
     for index, event in enumerate(graph.events):
-        place = takes_place[index]
+        place = happens[index]
         when = slice(place.start, place.stop)
         if event.node is not None:
             operations.append((*event.node, place, starts[index, when], ends[index, when]))
@@ -143,7 +143,7 @@ def recursion(
     >>> list(recursion(event_graph(bp(1)), [1.0, 2.0, 0.5], iterations=1))
     [(0, 0, 0.0, 1.0), (1, 0, 1.0, 3.0), (2, 0, 3.0, 3.5)]
     """
-    takes_place = _takes_place(graph, iterations, drain)
+    happens = takes_place(graph, iterations, drain)
     kept = state_ticks(graph)
     ends: list[list[float | Array]] = [[0.0] * kept for _ in graph.events]
     single = all(isinstance(time, float) for time in times)
@@ -155,7 +155,7 @@ def recursion(
         before = [ends[source][then % kept] for source, then in waits]
         start = max(before, default=0.0) if single else _latest(before)
         end = start
-        if tick in takes_place[index]:
+        if tick in happens[index]:
             if meets[index] and not isinstance(start, float):
                 start = np.broadcast_to(start.max(axis=-1, keepdims=True), start.shape)
             time = times[index]
@@ -171,18 +171,6 @@ def _latest(times: list[float | Array]) -> float | Array:
     for time in times[1:]:
         latest = np.maximum(latest, time)
     return latest
-
-
-def _takes_place(graph: EventGraph, iterations: int, drain: bool) -> list[range]:
-    """Per event the iterations in which it happens; what nobody will receive is not sent."""
-    found = existence(graph, iterations)
-    if drain:
-        return found
-    ticks = graph.schedule.num_ticks(iterations, drain)
-    for index, event in enumerate(graph.events):
-        late = max(0, event.message.tokens) if event.message is not None else 0
-        found[index] = range(found[index].start, max(found[index].start, ticks - late))
-    return found
 
 
 @dataclass(frozen=True, slots=True)

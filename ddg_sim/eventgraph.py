@@ -289,6 +289,23 @@ def existence(graph: EventGraph, iterations: int) -> list[range]:
     return [every if lag is None else range(lag, iterations + lag) for lag in lags]
 
 
+def takes_place(graph: EventGraph, iterations: int, drain: bool = True) -> list[range]:
+    """Per event the iterations in which it happens; what nobody will receive is not sent.
+
+    >>> from ddg_sim.methods import ddg
+    >>> takes_place(event_graph(ddg(2)), iterations=5, drain=False)[:2]
+    [range(0, 5), range(1, 5)]
+    """
+    found = existence(graph, iterations)
+    if drain:
+        return found
+    ticks = graph.schedule.num_ticks(iterations, drain)
+    for index, event in enumerate(graph.events):
+        late = max(0, event.message.tokens) if event.message is not None else 0
+        found[index] = range(found[index].start, max(found[index].start, ticks - late))
+    return found
+
+
 def unroll(
     graph: EventGraph, iterations: int, drain: bool = True
 ) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:

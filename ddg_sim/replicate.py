@@ -124,7 +124,7 @@ def _slopes(done: Array, first: int, last: int) -> Array:
     return found
 
 
-def steady_iterations(
+def settled_iterations(
     schedule: Schedule, costs: Costs, iterations: int, precision: float, seed: int = 0
 ) -> int:
     """Iterations, doubled until both halves of a run agree, so that no warm-up is left.
@@ -138,7 +138,7 @@ def steady_iterations(
 
     >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
-    >>> steady_iterations(ddg(2), costs(2), 20, 0.01)
+    >>> settled_iterations(ddg(2), costs(2), 20, 0.01)
     20
     """
     while iterations < MOST_ITERATIONS:
@@ -146,7 +146,7 @@ def steady_iterations(
         middle = max(schedule.num_ticks(0), iterations // 2)
         early = _slopes(done, middle // 2, middle)
         late = _slopes(done, middle, iterations - 1)
-        change = estimate(late - early) if BLOCK > 1 else exactly(0.0)
+        change = estimate(late - early)
         noise = (change.high - change.low) / 2
         if abs(change.value) <= max(precision * float(late.mean()), noise):
             return iterations
@@ -251,7 +251,7 @@ def replicate(
     if not any(costs.random for _, costs in cases.values()):
         return {name: np.array([exact_period(*case)]) for name, case in cases.items()}
     iterations = max(
-        steady_iterations(*case, iterations, precision, seed) for case in cases.values()
+        settled_iterations(*case, iterations, precision, seed) for case in cases.values()
     )
     # The expected period is at least that of the mean times: less has not seen what is rare.
     least = {

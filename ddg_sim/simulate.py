@@ -15,7 +15,7 @@ import simpy
 
 from ddg_sim.costs import Costs
 from ddg_sim.draws import durations
-from ddg_sim.eventgraph import check_stages, event_graph, existence
+from ddg_sim.eventgraph import check_stages, event_graph, existence, takes_place
 from ddg_sim.lowering import Channel, Place, bodies, channels, message_of
 from ddg_sim.network import Bus, Network, Sharing
 from ddg_sim.schedule import OpKind, Schedule, ScheduleError
@@ -187,27 +187,18 @@ class _Replica:
         self.ticks = schedule.num_ticks(iterations, drain)
         self.meeting = meeting
         self.blocking = network.blocking
-        needed = existence(event_graph(schedule), iterations)
-        exist = [
-            range(found.start, max(found.start, min(found.stop, self.ticks))) for found in needed
-        ]
+        graph = event_graph(schedule)
+        needed = existence(graph, iterations)
+        happens = takes_place(graph, iterations, drain)
         first = sum(map(len, schedule.workers))  # operations come first, then transfers, barriers
-        self.streams = []
-        for channel in channels(schedule):
-            sent = exist[first + channel.number]
-            if not drain:  # what nobody will receive is not sent
-                late = max(0, channel.dependency.tokens)
-                sent = range(sent.start, max(sent.start, min(sent.stop, self.ticks - late)))
-            at = first + channel.number
-            self.streams.append(_Stream(channel, needed[at], sent, times[at]))
+        self.streams = [
+            _Stream(channel, needed[at], happens[at], times[at])
+            for at, channel in enumerate(channels(schedule), start=first)
+        ]
         self.barrier_times = times[first + len(self.streams) :]
-        operation = iter(range(first))
+        operations = zip(happens, times, strict=True)
         self.bodies = [
-            [
-                _Place(place, exist[at], times[at], self.streams)
-                for place in body
-                if (at := next(operation)) is not None
-            ]
+            [_Place(place, *next(operations), self.streams) for place in body]
             for body in bodies(schedule)
         ]
         self._waits: dict[int, tuple[_Stream, int] | str] = {}
