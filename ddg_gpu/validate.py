@@ -10,14 +10,8 @@ from statistics import median
 from ddg_gpu.data import Dataset
 from ddg_gpu.job import Job
 from ddg_gpu.processes import Progress
-from ddg_gpu.profile import (
-    Durations,
-    SharedTimes,
-    measured_cuts,
-    summarise,
-    time_shared,
-    time_stages,
-)
+from ddg_gpu.profile import measured_cuts, summarise
+from ddg_gpu.timing import Timing, time_job
 from ddg_gpu.train import Run, train
 from ddg_sim.contention import contended
 from ddg_sim.predict import predict
@@ -26,7 +20,7 @@ from ddg_sim.replicate import typical_period
 from ddg_sim.schedule import Sync
 from ddg_sim.timeline import Timeline
 
-#: Mini-batches to time per stage before every run.
+#: Mini-batches to time per stage before every round.
 CHUNK = 8
 
 
@@ -89,9 +83,8 @@ def compare(
     """Predict each method from a profile, and run it with one process per stage.
 
     The speed of a machine drifts. So the methods take turns, ``rounds`` times, and the stages are
-    timed (alone, in this process) before every turn,
-    and beside one another before every round: prediction and measurement see the same
-    machine. The runs themselves do not enter the profile.
+    timed before every round: prediction and measurement see the same machine. The runs themselves
+    do not enter the profile. Many short rounds tell more than few long ones.
 
     Args:
         job: what to train, but for the method.
@@ -117,7 +110,6 @@ def compare(
     }
     for own in jobs.values():
         own.schedule()  # all names are checked before anything runs
-    shared: list[SharedTimes] = []
     if profile is not None:
         check_profile(profile, job, dataset.name)
         cuts = tuple(profile.cuts)
@@ -125,14 +117,12 @@ def compare(
         cuts = job.cuts if job.cuts is not None else measured_cuts(job, dataset, CHUNK)
     jobs = {name: replace(own, cuts=cuts) for name, own in jobs.items()}
 
-    samples: list[Durations] = []
+    timings: list[Timing] = []
     runs: dict[str, list[Run]] = {name: [] for name in jobs}
     turns = [name for _ in range(rounds) for name in jobs]
     for turn, name in enumerate(turns):
-        if profile is None:
-            if turn % len(jobs) == 0:  # once per round: what stages do to each other drifts too
-                shared.append(time_shared(jobs[name], dataset))
-            samples.append(time_stages(jobs[name], dataset, CHUNK))
+        if profile is None and turn % len(jobs) == 0:
+            timings.append(time_job(jobs[name], dataset, CHUNK))
 
         def report(done: int, total: int, turn: int = turn) -> None:
             progress(turn * total + done, len(turns) * total)
@@ -141,9 +131,8 @@ def compare(
         if run is None:
             raise ValueError("a comparison starts its own processes: do not run it under torchrun")
         runs[name].append(run)
-    if shared:
-        profile = summarise(replace(job, cuts=cuts), dataset, samples, shared)
-    assert profile is not None
+    if profile is None:
+        profile = summarise(replace(job, cuts=cuts), dataset, timings)
     return profile, [_comparison(name, profile, runs[name]) for name in jobs]
 
 
