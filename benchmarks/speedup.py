@@ -1,8 +1,8 @@
 """Decoupled training against backpropagation on the cores at hand: predicted, then measured.
 
-    python benchmarks/speedup.py --model resnet20 --batch-size 32 --rounds 5
+    python benchmarks/speedup.py --model resnet20 --batch-size 32 --rounds 10
 
-The methods take turns, and the stages are timed alone before every turn; medians over the rounds.
+The methods take turns, and the stages are timed before every round; medians over the rounds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from environment import environment
 from random_images import random_images
 
+from ddg_cli.output import interval
 from ddg_gpu.data import load
 from ddg_gpu.job import Job
 from ddg_gpu.validate import Comparison, compare, speedups, too_few_cores
@@ -24,14 +25,16 @@ METHODS = ["bp", "ddg/barrier", "ddg/mailbox", "ddg/none"]
 def table(found: list[Comparison]) -> str:
     """The comparison as a Markdown table."""
     lines = [
-        "| method | predicted | measured | error | predicted speedup | measured speedup |",
-        "|---|---|---|---|---|---|",
+        "| method | predicted | measured | 95 % interval | error"
+        " | predicted speedup | measured speedup |",
+        "|---|---|---|---|---|---|---|",
     ]
     predicted = speedups({item.name: item.predicted_period for item in found})
     measured = speedups({item.name: item.measured_period for item in found})
     lines.extend(
         f"| {item.name} | {1e3 * item.predicted_period:.1f} ms"
-        f" | {1e3 * item.measured_period:.1f} ms | {100 * item.error:+.1f} %"
+        f" | {1e3 * item.measured_period:.1f} ms | {interval(item.measured_interval)}"
+        f" | {100 * item.error:+.1f} %"
         f" | {predicted[item.name]:.2f}× | {measured[item.name]:.2f}× |"
         for item in found
     )
@@ -45,8 +48,8 @@ def main() -> None:
     parser.add_argument("--data", default=None, help="path or digits; default: random 3x32x32")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--stages", type=int, default=2)
-    parser.add_argument("--iterations", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     if warning := too_few_cores(options.stages):

@@ -191,6 +191,15 @@ def seconds(value: float) -> str:
     return f"{value:.3g} s"
 
 
+def interval(ends: tuple[float, float] | None) -> str:
+    """Format an interval of seconds.
+
+    >>> interval((0.0991, 0.1034)), interval(None)
+    ('99.1 ms to 103 ms', '–')
+    """
+    return "–" if ends is None else f"{seconds(ends[0])} to {seconds(ends[1])}"
+
+
 def times(value: float | None) -> str:
     """Format a speedup.
 

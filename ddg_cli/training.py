@@ -14,6 +14,7 @@ from ddg_cli.output import (
     choice,
     different_files,
     integers,
+    interval,
     output_path,
     percent,
     print_json,
@@ -242,7 +243,10 @@ def validate(
     ] = "bp,ddg/barrier,ddg/none",
     data: Data = "digits",
     iterations: Annotated[int, typer.Option(min=1, help="Mini-batches per run.")] = 60,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs per method; medians are shown.")] = 3,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="Runs per method; medians are shown, from 6 on with an interval."),
+    ] = 3,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
     cuts: Cuts = None,
@@ -379,6 +383,7 @@ def comparison_rows(found: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
         item.name: {
             "predicted_period": item.predicted_period,
             "measured_period": item.measured_period,
+            "measured_interval": item.measured_interval,
             "error": item.error,
             "predicted_speedup": predicted[item.name],
             "measured_speedup": measured[item.name],
@@ -395,12 +400,21 @@ def print_comparison(found: Sequence[Comparison]) -> None:
     """Print predicted beside measured, and what bounds each method."""
     print_table(
         "Predicted and measured",
-        ["method", "predicted", "measured", "error", "predicted speedup", "measured speedup"],
+        [
+            "method",
+            "predicted",
+            "measured",
+            "95 % sure within",
+            "error",
+            "predicted speedup",
+            "measured speedup",
+        ],
         [
             [
                 name,
                 seconds(row["predicted_period"]),
                 seconds(row["measured_period"]),
+                interval(row["measured_interval"]),
                 f"{100 * row['error']:+.1f} %",
                 times(row["predicted_speedup"]),
                 times(row["measured_speedup"]),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from statistics import median
+
+from scipy.stats import quantile_test
 
 from ddg_gpu.data import Dataset
 from ddg_gpu.job import Job
@@ -21,7 +24,7 @@ from ddg_sim.schedule import Sync
 from ddg_sim.timeline import Timeline
 
 #: Mini-batches to time per stage before every round.
-CHUNK = 8
+CHUNK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Comparison:
         name: the method, with its synchronisation mode after a slash where it was chosen.
         predicted_period: median period of simulated runs as long as the measured ones, with the
             profile's costs, which vary as its samples do.
-        measured_period: median over the runs of their measured steady-state period.
+        measured_periods: steady-state period of every run.
         bound_by: in words, what bounds the predicted period.
         predicted: simulated timeline with median costs, as long as a run.
         run: the run whose period is nearest to the median; all runs end with the same weights.
@@ -40,10 +43,24 @@ class Comparison:
 
     name: str
     predicted_period: float
-    measured_period: float
+    measured_periods: tuple[float, ...]
     bound_by: str
     predicted: Timeline
     run: Run
+
+    @property
+    def measured_period(self) -> float:
+        """Median over the runs."""
+        return median(self.measured_periods)
+
+    @property
+    def measured_interval(self) -> tuple[float, float] | None:
+        """Where the median lies with 95 % confidence, whatever the distribution of the runs.
+
+        None if there are too few runs to say (fewer than six).
+        """
+        found = quantile_test(self.measured_periods, p=0.5).confidence_interval(0.95)
+        return (float(found.low), float(found.high)) if isfinite(found.low + found.high) else None
 
     @property
     def error(self) -> float:
@@ -144,7 +161,7 @@ def _comparison(name: str, profile: Profile, runs: Sequence[Run]) -> Comparison:
     return Comparison(
         name,
         typical_period(schedule, costs, iterations),
-        measured,
+        tuple(run.timeline.period for run in runs),
         found.bound_by,
         found.timeline,
         min(runs, key=lambda run: abs(run.timeline.period - measured)),
