@@ -35,6 +35,7 @@ from ddg_sim.decoupled import (
 from ddg_sim.dependencies import Relation, dependencies, template_at, validate
 from ddg_sim.lowering import channels, memory
 from ddg_sim.methods import METHODS, Semantics, bp, data_parallel, ddg, dp, fr, method
+from ddg_sim.notation import grid, parse, render
 from ddg_sim.rule import Jacobian, TransformKind
 from ddg_sim.schedule import (
     OpKind,
@@ -45,9 +46,6 @@ from ddg_sim.schedule import (
     backward_input,
     backward_weight,
     forward,
-    grid,
-    parse,
-    render,
     staleness,
     staleness_levels,
     update,
