@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from strategies import PATIENT, costed
 
 from ddg_sim.costs import costs
 from ddg_sim.cycletime import evaluate
+from ddg_sim.decoupled import pd_asgd
 from ddg_sim.dependencies import Relation
 from ddg_sim.lowering import Message, StageMemory, memory
 from ddg_sim.methods import METHODS, bp, ddg, method
@@ -222,6 +223,22 @@ def test_traces_of_every_method_are_well_formed(name):
     flows = assert_well_formed(chrome_trace(run)["traceEvents"])
     for start, finish in flows.values():
         assert start["ts"] <= finish["ts"], "an arrow back in time"
+
+
+def test_arrows_lead_from_one_worker_of_a_stage_to_the_other():
+    """PD-ASGD: a forward pass hands its activations on, an update the weights of the next one."""
+    run = evaluate(pd_asgd(3), costs(3, update=0.5), 6)
+    trace = chrome_trace(run)["traceEvents"]
+    flows = assert_well_formed(trace)
+    assert Counter(start["name"] for start, _ in flows.values()) == {
+        "local": 3 * 6,
+        "weights": 3 * (6 - 1),
+    }
+    starts = {(e["args"]["op"], e["tid"]): e["ts"] for e in trace if e["ph"] == "X"}
+    arrivals = {(f["tid"], f["ts"]) for _, f in flows.values()}
+    for (op, tid), ts in starts.items():
+        if op.startswith("B"):
+            assert (tid, ts) in arrivals, op
 
 
 def test_a_measured_run_must_be_a_run_of_the_schedule():
