@@ -119,15 +119,16 @@ def window(timeline: Timeline) -> tuple[int, int]:
     >>> window(evaluate(ddg(4), costs(4), iterations=50))
     (0, 8)
     >>> window(evaluate(ddg(64), costs(64), iterations=200))
-    (63, 68)
+    (126, 131)
     """
     table = timeline.op_columns
     seconds = (table["end"] - table["start"])[table["end"] > table["start"]]
     across = timeline.period / float(np.median(seconds)) if seconds.size else 1.0
     several = int(_within((1, ITERATIONS), BOXES / max(1.0, across)))
     warm_up = timeline.schedule.num_ticks(0)
-    last = max(0, min(timeline.iterations, warm_up + several) - 1)
-    return (0 if warm_up <= WARM_UP else max(0, last - several + 1)), last
+    begin = 0 if warm_up <= WARM_UP else 2 * warm_up  # the first stages run a warm-up ahead
+    last = max(0, min(timeline.iterations, max(begin, warm_up) + several) - 1)
+    return (begin and max(0, last - several + 1)), last
 
 
 def _within(bounds: tuple[float, float], value: float) -> float:
