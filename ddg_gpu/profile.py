@@ -104,7 +104,7 @@ def measure(
     progress(1, 3)
     samples = time_stages(job, dataset, iterations)
     progress(2, 3)
-    shared = time_shared(job, dataset)
+    shared = time_shared(job, dataset, min(TURNS, iterations))
     progress(3, 3)
     return summarise(job, dataset, [samples], [shared])
 
@@ -273,12 +273,13 @@ def _quantiles(times: Sequence[float]) -> list[float]:
     return [float(value) for value in np.quantile(times, (np.arange(KEPT) + 0.5) / KEPT)]
 
 
-def time_shared(job: Job, dataset: Dataset) -> SharedTimes:
+def time_shared(job: Job, dataset: Dataset, turns: int = TURNS) -> SharedTimes:
     """Time messages between two idle processes, and stages beside each other.
 
     Args:
         job: what to time; its method does not matter.
         dataset: the data.
+        turns: how often everything is measured beside the others; medians over them count.
     """
     sizes = message_bytes(job, network(job, dataset))
     if not sizes:
@@ -295,7 +296,7 @@ def time_shared(job: Job, dataset: Dataset) -> SharedTimes:
         )
     )
     both = zip(first["came"], first["left"], second["left"], strict=True)
-    beside = run_together(partial(_beside, job), job.stages, dataset_values(dataset))
+    beside = run_together(partial(_beside, job, turns), job.stages, dataset_values(dataset))
     return SharedTimes(
         links,
         tuple(dict(zip(PAIRS, result["contention"], strict=True)) for result in beside),
@@ -303,7 +304,9 @@ def time_shared(job: Job, dataset: Dataset) -> SharedTimes:
     )
 
 
-def _beside(job: Job, rank: int, given: dict[str, Any], _report: Report) -> dict[str, Any]:
+def _beside(
+    job: Job, turns: int, rank: int, given: dict[str, Any], _report: Report
+) -> dict[str, Any]:
     """Forward and backward passes alone while the other stages wait, then beside theirs.
 
     All are measured in turns, so that a drift of the machine's speed cancels. Stages with even and
@@ -349,7 +352,7 @@ def _beside(job: Job, rank: int, given: dict[str, Any], _report: Report) -> dict
         for kind in PASSES
     }
     ratios: dict[tuple[OpKind, OpKind], list[float]] = defaultdict(list)
-    for _ in range(TURNS):
+    for _ in range(turns):
         alone: dict[OpKind, float] = {}
         for turn in range(job.stages):
             dist.barrier()

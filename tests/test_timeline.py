@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -17,7 +18,7 @@ from ddg_sim.decoupled import pd_asgd
 from ddg_sim.dependencies import Relation
 from ddg_sim.lowering import Message, StageMemory, memory
 from ddg_sim.methods import METHODS, bp, ddg, method
-from ddg_sim.plot import gantt
+from ddg_sim.plot import gantt, window
 from ddg_sim.schedule import OpKind, Sync
 from ddg_sim.simulate import simulate
 from ddg_sim.steady import Regime, find_regime
@@ -283,6 +284,40 @@ def test_an_svg_says_what_it_shows(tmp_path):
         "predicted",
     ):
         assert f"<!-- {words} -->" in text
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("iterations", [1, 3, 40])
+def test_the_window_of_a_picture_is_a_part_of_the_run(name, iterations):
+    first, last = window(evaluate(method(name, 4), costs(4), iterations))
+    assert 0 <= first <= last < iterations
+
+
+def test_a_picture_of_many_micro_batches_shows_few_periods():
+    few, many = (evaluate(method("gpipe", 8, micro_batches=m), costs(8), 9) for m in (2, 32))
+    assert window(few)[1] > 0
+    assert window(many) == (0, 0)
+
+
+def drawn_texts(path):
+    return re.findall("<!-- (.*?) -->", path.read_text())
+
+
+def test_a_picture_of_64_stages_names_all_of_them_and_leaves_links_out(tmp_path):
+    run = evaluate(ddg(64), costs(64, comm=0.5), 140)
+    first, last = window(run)
+    assert first >= 2 * 63 - 6  # past the forward passes that the first stages run ahead
+    gantt({"run": run}, tmp_path / "gantt.svg", (first, first))
+    texts = drawn_texts(tmp_path / "gantt.svg")
+    assert {f"stage {k}" for k in range(1, 65)} <= set(texts)
+    assert not any(text.startswith("link") for text in texts)
+
+
+def test_a_sample_is_written_only_where_it_fits(tmp_path):
+    run = evaluate(bp(2), costs(2, forward=(1.0, 1e-3)), 2)
+    gantt({"run": run}, tmp_path / "gantt.svg")
+    texts = Counter(drawn_texts(tmp_path / "gantt.svg"))
+    assert texts["1"] == 3  # not into the box of a millisecond
 
 
 def test_pictures_refuse_what_they_cannot_draw(tmp_path):
