@@ -145,11 +145,10 @@ def test_backpropagation_takes_as_long_with_its_stages_in_any_order(
 
 
 @every
-@both
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(prices=costs_for(STAGES, quarters), data=st.data())
 def test_identical_stages_may_change_places(
-    schedule: Schedule, engine: str, prices: Costs, data: st.DataObject
+    schedule: Schedule, prices: Costs, data: st.DataObject
 ) -> None:
     """Stages of which two are alike, described in two orders: layer names are all that differs."""
     one, other = data.draw(st.permutations(range(STAGES)))[:2]
@@ -165,12 +164,7 @@ def test_identical_stages_may_change_places(
     chain = tuple((stage, stage + 1) for stage in range(STAGES - 1))
     devices = [{"name": "gpu", "count": STAGES * schedule.replicas}]
     joined = {"bandwidth": "16 B/s", "latency": "250 ms"}
-    buses: list[dict[str, Any]] = []
-    if engine == "des" and schedule.replicas == 1:  # where only a simulation knows the period
-        joined, buses = {**joined, "bus": "pcie"}, [{"name": "pcie", "sharing": "fair"}]
-    cluster = Cluster.model_validate(
-        {"version": 1, "devices": devices, "default_link": joined, "buses": buses}
-    )
+    cluster = Cluster.model_validate({"version": 1, "devices": devices, "default_link": joined})
     found, same = (
         outcomes(Setting(LayerGraph(tuple(order), chain), cluster), schedule, [1.0])[0]
         for order in (layers, swapped)
@@ -185,9 +179,10 @@ speeds = st.sampled_from([0.5, 1.0, 2.0])
 
 
 @st.composite
-def clusters(draw: st.DrawFn, devices: int) -> dict[str, Any]:
+def clusters(draw: st.DrawFn, devices: int, even: bool) -> dict[str, Any]:
     """Clusters of so many devices, with links of their own here and there, and maybe a bus."""
-    groups = [{"name": f"gpu{i}", "speed": draw(speeds)} for i in range(devices)]
+    first = draw(speeds)
+    groups = [{"name": f"gpu{i}", "speed": first if even else draw(speeds)} for i in range(devices)]
     sharing = draw(st.sampled_from(["fifo", "fair"]))
     link = {"bandwidth": "4 B/s", "latency": "1 s"}
     links = [
@@ -210,7 +205,8 @@ def clusters(draw: st.DrawFn, devices: int) -> dict[str, Any]:
 @given(data=st.data())
 def test_an_idle_device_changes_nothing(schedule: Schedule, data: st.DataObject) -> None:
     needed = len(schedule.workers) * schedule.replicas
-    described = data.draw(clusters(needed))
+    split = schedule.worker_of(0) != schedule.worker_of(0, OpKind.FORWARD)
+    described = data.draw(clusters(needed, even=split))  # workers of a stage are equally fast
     if schedule.replicas > 1:  # whose links may not share a bus
         described["default_link"] = {"bandwidth": "4 B/s"}
     if described["transfers"] == "blocking" and schedule.replicas == 1:
@@ -224,6 +220,10 @@ def test_an_idle_device_changes_nothing(schedule: Schedule, data: st.DataObject)
     }
     small, large = (Cluster.model_validate(found) for found in (described, larger))
     assert place(schedule, large) == place(schedule, small)
+    if schedule.method != "gpipe":  # simulating every schedule on a bus until it repeats takes long
+        described["default_link"].pop("bus", None)
+        larger["default_link"] = described["default_link"]
+        small, large = (Cluster.model_validate(found) for found in (described, larger))
     layers = tuple(Layer(str(i), 1.0 + i % 3, 2.0, 8, 4) for i in range(STAGES))
     graph = LayerGraph(layers, tuple((i, i + 1) for i in range(STAGES - 1)))
     found, same = (
