@@ -21,8 +21,9 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
+# Two processes: more would compete for two cores with the processes that tests start themselves.
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info ddg-demo

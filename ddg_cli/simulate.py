@@ -199,10 +199,9 @@ def simulate(
 
         write_trace(trace, {f"{method} (predicted)": found.timeline})
     if plot is not None:
-        from ddg_sim.plot import gantt
+        from ddg_sim.plot import gantt, window
 
-        first = schedule.num_ticks(0)
-        shown = (0, min(iterations - 1, first + 5))
+        shown = window(found.timeline)
         gantt({f"{method}, {stages} stages, predicted": found.timeline}, plot, shown)
     if json:
         print_json(

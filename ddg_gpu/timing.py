@@ -192,10 +192,11 @@ def _stage_times(job: Job, rank: int, given: dict[str, Any], _report: Report) ->
         kind: min(MOST, max(1, round(BESIDE / max(passes.run(kind), 1e-6)))) for kind in PASSES
     }
     passes.run(OpKind.UPDATE)
-    for _ in range(TURNS):
-        for _ in range(-(-iterations // TURNS)):
+    turns = min(TURNS, iterations)
+    for _ in range(turns):
+        for _ in range(-(-iterations // turns)):
             in_turns(passes, (OpKind.FORWARD,), (OpKind.BACKWARD, OpKind.UPDATE))
-        for _ in range(-(-iterations // (4 * TURNS))):
+        for _ in range(-(-iterations // (4 * turns))):
             replay.run(OpKind.FORWARD)
             in_turns(replay, (), (OpKind.RECOMPUTE,))
             replay.finish()

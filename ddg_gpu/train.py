@@ -15,7 +15,7 @@ from ddg_gpu.distributed import WorkerOutcome, run_processes, run_rank, under_to
 from ddg_gpu.execute import run_serial, timeline
 from ddg_gpu.job import Job, make_stage, network, num_iterations
 from ddg_gpu.processes import Progress, keep_freed_memory
-from ddg_sim.schedule import parse_op
+from ddg_sim.notation import parse_op
 from ddg_sim.timeline import Timeline
 
 EXECUTORS = ("serial", "distributed")

@@ -16,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import evaluate
 from ddg_sim.schedule import OpKind, Schedule
@@ -88,7 +91,7 @@ def contended(schedule: Schedule, costs: Costs, contention: Contention) -> Costs
         overlap = _overlap(play(schedule, slowed.means(), 3 * schedule.num_ticks(0) + 12))
         longer: dict[str, Any] = {
             name: tuple(
-                scaled(time, 1 + _extra(contention[stage], kind, overlap[kind, stage]))
+                scaled(time, 1 + _extra(contention[stage], kind, overlap.get((kind, stage), {})))
                 for stage, time in enumerate(getattr(costs, name))
             )
             for kind, name in FIELDS.items()
@@ -112,35 +115,49 @@ Overlap = dict[tuple[OpKind, int], dict[OpKind, float]]
 
 
 def _overlap(timeline: Timeline) -> Overlap:
-    """Per kind and stage, the mean fraction of the other workers that run which kind meanwhile."""
+    """Per kind and stage, the mean fraction of the other workers that run which kind meanwhile.
+
+    Between two moments at which something starts or ends, the number of workers that run a kind
+    stays the same; so the seconds shared since the beginning are one sum over these moments.
+    """
     schedule = timeline.schedule
-    spans = [(span, op) for span, op in timeline.operations if span.duration > 0]
-    home = {
-        (template.kind, template.stage): worker
-        for worker, body in enumerate(schedule.workers)
-        for template in body
-    }
-    others = len(schedule.workers) - 1
-    lag = schedule.num_ticks(0)
-    steady = range(lag, timeline.iterations - lag)  # neither warm-up nor drain
-    shared: Overlap = defaultdict(lambda: defaultdict(float))
+    table = timeline.op_columns[timeline.op_columns["end"] > timeline.op_columns["start"]]
+    templates = list(schedule.templates())
+    before = np.cumsum([0, *map(len, schedule.workers)])  # templates of earlier workers
+    place = before[table["lane"]] + table["position"]
+    moments = np.unique([table["start"], table["end"]])
+    first, last = (np.searchsorted(moments, table[side]) for side in ("start", "end"))
+    lag = schedule.num_ticks(0)  # warm-up and drain do not count
+    steady = (table["iteration"] >= lag) & (table["iteration"] < timeline.iterations - lag)
+
+    def per_place(seconds: NDArray[np.float64]) -> list[float]:
+        found: list[float] = np.bincount(place, seconds * steady, len(templates)).tolist()
+        return found
+
+    def since_start(running: NDArray[np.int_]) -> NDArray[np.float64]:
+        return np.concatenate([[0.0], np.cumsum(running * np.diff(moments))])
+
     total: dict[tuple[OpKind, int], float] = defaultdict(float)
-    first = 0  # spans are sorted by start: those before it end too early to matter
-    longest = max((span.duration for span, _ in spans), default=0.0)
-    for span, op in spans:
-        if op.iteration not in steady:
-            continue
-        while spans[first][0].start < span.start - longest:
-            first += 1
-        key = (op.kind if op.kind in FIELDS else LIKE.get(op.kind, op.kind), op.stage)
-        for other, its_op in spans[first:]:
-            if other.start >= span.end:
-                break
-            if home[its_op.kind, its_op.stage] != home[op.kind, op.stage]:
-                common = min(span.end, other.end) - max(span.start, other.start)
-                shared[key][its_op.kind] += max(0.0, common) / others
-        total[key] += span.duration
-    fractions: Overlap = defaultdict(dict)
-    for key, seconds in total.items():
-        fractions[key] = {other: part / seconds for other, part in shared[key].items()}
-    return fractions
+    shared: Overlap = defaultdict(lambda: defaultdict(float))
+    keys = [
+        (
+            template.kind if template.kind in FIELDS else LIKE.get(template.kind, template.kind),
+            template.stage,
+        )
+        for template in templates
+    ]
+    for key, seconds in zip(keys, per_place(table["end"] - table["start"]), strict=True):
+        total[key] += seconds
+    for kind in dict.fromkeys(template.kind for template in templates):
+        same = np.array([template.kind is kind for template in templates])[place]
+        starts, ends = (np.bincount(at[same], minlength=moments.size) for at in (first, last))
+        running = np.cumsum(starts - ends)[:-1]
+        anyone, others = since_start(running), since_start(np.maximum(running - 1, 0))
+        seconds = np.where(same, others[last] - others[first], anyone[last] - anyone[first])
+        for key, overlap in zip(keys, per_place(seconds), strict=True):
+            shared[key][kind] += overlap / (len(schedule.workers) - 1)
+    return {
+        key: {kind: overlap / seconds for kind, overlap in shared[key].items()}
+        for key, seconds in total.items()
+        if seconds > 0
+    }

@@ -310,9 +310,9 @@ def critical_cycle(graph: EventGraph, seconds: Array) -> list[Arc]:
     source, target, tokens = graph.columns
     first = np.searchsorted(target, np.arange(len(seconds)))  # each event's first arc in
     slack = ROUNDING * max(float(seconds.sum()), np.finfo(float).tiny)
-    policy = first.copy()
+    policy, time = first.copy(), np.zeros(len(seconds))
     for _ in range(MOST_TURNS):
-        ratio, time, cycle = _follow(source, tokens, seconds, policy)
+        ratio, time, cycle = _follow(source, tokens, seconds, policy, time)
         # First towards larger ratios; only where there are none, towards later times.
         reached = ratio[source]
         if not _improve(policy, first, target, reached, ratio, slack):
@@ -368,12 +368,17 @@ def _improve(
 
 
 def _follow(
-    source: Integers, tokens: Integers, seconds: Array, policy: Integers
+    source: Integers, tokens: Integers, seconds: Array, policy: Integers, earlier: Array
 ) -> tuple[Array, Array, list[int]]:
-    """Per event the ratio of the cycle that it hangs on, its time then; the best cycle's arcs."""
+    """Per event the ratio of the cycle that it hangs on, its time then; the best cycle's arcs.
+
+    An event of each cycle keeps its ``earlier`` time. If it began at 0 again, the times of several
+    critical cycles could not be compared, and events might change between them for ever
+    (Cochet-Terrasson, Cohen, Gaubert, McGettrick, Quadrat 1998).
+    """
     before, spans = source[policy].tolist(), tokens[policy].tolist()
     size = len(before)
-    ratio, time = [math.nan] * size, [0.0] * size
+    ratio, time = [math.nan] * size, earlier.tolist()
     best, best_ratio = [0], -math.inf
     state = [0] * size  # 0 not seen, 1 on the present walk, 2 known
     for start in range(size):
@@ -388,7 +393,7 @@ def _follow(
             span = sum(spans[member] for member in cycle)
             if span <= 0:
                 raise ScheduleError("deadlock: a cycle of operations waits for itself")
-            ratio[event], time[event], state[event] = whole / span, 0.0, 2
+            ratio[event], state[event] = whole / span, 2
             if ratio[event] > best_ratio:
                 best, best_ratio = [int(policy[member]) for member in cycle], ratio[event]
         for member in reversed(walk):

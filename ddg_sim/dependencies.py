@@ -277,7 +277,7 @@ def validate(schedule: Schedule) -> None:
     Raises:
         ScheduleError: naming the offending operation.
 
-    >>> from ddg_sim.schedule import parse
+    >>> from ddg_sim.notation import parse
     >>> validate(parse('''x stages=1 sync=none activations=graph jacobian=stashed samples=1
     ... worker 0: B0(t) F0(t) U0(t)'''))
     Traceback (most recent call last):
@@ -293,8 +293,14 @@ def validate(schedule: Schedule) -> None:
 
 def _check_cells(schedule: Schedule) -> None:
     m = schedule.samples_per_iteration
-    if schedule.num_stages < 1 or not schedule.workers or not all(schedule.workers):
-        raise ScheduleError("a schedule needs at least one stage and no empty worker")
+    if schedule.num_stages < 1 or not schedule.workers:
+        raise ScheduleError("a schedule needs at least one stage and one worker")
+    for worker, body in enumerate(schedule.workers):
+        if not body:
+            raise ScheduleError(
+                f"worker {worker} has no operations: leave it out (a device on which nothing runs"
+                " belongs to the cluster, not to the schedule)"
+            )
     least = {"samples_per_iteration": (m, 1), "replicas": (schedule.replicas, 1)}
     for name, (value, bound) in {**least, "queue": (schedule.queue, 0)}.items():
         if value < bound:

@@ -292,17 +292,17 @@ def existence(graph: EventGraph, iterations: int) -> list[range]:
 def takes_place(graph: EventGraph, iterations: int, drain: bool = True) -> list[range]:
     """Per event the iterations in which it happens; what nobody will receive is not sent.
 
+    A message sent in iteration t is received in iteration t + tokens, if the run gets that far.
+
     >>> from ddg_sim.methods import ddg
     >>> takes_place(event_graph(ddg(2)), iterations=5, drain=False)[:2]
     [range(0, 5), range(1, 5)]
     """
-    found = existence(graph, iterations)
-    if drain:
-        return found
     ticks = graph.schedule.num_ticks(iterations, drain)
-    for index, event in enumerate(graph.events):
+    found = []
+    for event, exists in zip(graph.events, existence(graph, iterations), strict=True):
         late = max(0, event.message.tokens) if event.message is not None else 0
-        found[index] = range(found[index].start, max(found[index].start, ticks - late))
+        found.append(range(exists.start, max(exists.start, min(exists.stop, ticks - late))))
     return found
 
 

@@ -21,6 +21,7 @@ from ddg_sim.dependencies import (
     template_at,
     validate,
 )
+from ddg_sim.eventgraph import event_graph, takes_place
 from ddg_sim.rings import ring_slots
 from ddg_sim.rule import Activations, Rule
 from ddg_sim.schedule import Op, OpKind, OpTemplate, Schedule
@@ -183,19 +184,19 @@ def instructions(
     body = bodies(schedule)[worker]
     rings = slots(schedule)
     barriers = sum(place.barrier is not None for place in body)
-    total = iterations * schedule.samples_per_iteration
+    happens = takes_place(event_graph(schedule), iterations, drain)
+    sent_in = happens[sum(map(len, schedule.workers)) :]  # operations come first, then messages
     for iteration, tick in enumerate(schedule.ticks(worker, iterations, drain)):
         for place, op in zip(body, tick, strict=True):
             for channel in place.incoming:
                 sent = iteration - channel.dependency.tokens
-                message = message_of(schedule, channel, sent)
-                if 0 <= message.sample < total:
+                if sent in sent_in[channel.number]:
+                    message = message_of(schedule, channel, sent)
                     yield Receive(message, sent % rings[channel.number])
             if op is not None:
                 yield op
                 for channel in place.outgoing:
-                    # Without draining, what nobody will receive is not sent either.
-                    if drain or iteration + channel.dependency.tokens < iterations:
+                    if iteration in sent_in[channel.number]:
                         message = message_of(schedule, channel, iteration)
                         yield Send(message, iteration % rings[channel.number])
             if place.barrier is not None:
@@ -260,7 +261,6 @@ def stage_memory(ops: Iterable[Op], rule: Rule) -> StageMemory:
 _READS = frozenset(OpKind) - {OpKind.UPDATE, OpKind.ALL_REDUCE}
 
 
-@lru_cache(maxsize=256)
 @lru_cache(maxsize=256)  # a plan asks for every batch
 def memory(schedule: Schedule) -> tuple[StageMemory, ...]:
     """Peak live activations and weight versions per stage, in steady state.

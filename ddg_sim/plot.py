@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -10,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ddg_sim.files import replacing
@@ -30,9 +31,14 @@ COLOURS = {
     "all-reduce": ("#0072B2", "white"),
     "transfer": ("#BBBBBB", "black"),
 }
-WIDTH, ROW, LABEL_POINTS = 11.0, 0.36, 7.0  # inches, inches per lane, font size in boxes
+LABEL_POINTS = 7.0  # font size in boxes
 THIN = 0.002  # of the time axis
 LINK = 0.55  # height of a link's lane, in lanes
+WIDTHS, BOX = (11.0, 20.0), 0.16  # inches: of a picture, and of one of its shorter boxes
+ROWS, HEIGHT = (0.16, 0.36), 14.0  # inches: of a lane, and of all lanes if that leaves enough each
+MANY = 40  # lanes; where there are more, links are left out
+#: Iterations, and boxes side by side, that a picture has room for; the longest warm-up it shows.
+ITERATIONS, BOXES, WARM_UP = 6, 96, 8
 
 
 def gantt(
@@ -43,12 +49,14 @@ def gantt(
 ) -> None:
     """Draw timelines below one another on a common time axis, as SVG or PNG by the suffix.
 
-    A lane per worker, and one per link that was visibly busy; a number in a box names the sample.
+    A lane per worker, and one per link that was visibly busy unless there are many; a number in a
+    box names the sample, where it fits.
 
     Args:
         timelines: name to timeline; the first is drawn on top.
         path: file to write; it appears whole or not at all.
-        iterations: (first, last) iteration to show, both included; None shows everything. Each
+        iterations: (first, last) iteration to show, both included, for example those that `window`
+            gives; None shows everything. Each
             timeline is cut at its own times and starts at 0.
         title: heading; None draws none.
 
@@ -72,13 +80,16 @@ def gantt(
     unit, scale = _unit(longest)
 
     heights = [_rows(_lanes(spans), spans)[1] for spans in shown.values()]
-    figure = _figure(WIDTH, ROW * sum(heights) + 0.55 * len(heights) + 1.0)
+    row = _within(ROWS, HEIGHT / sum(heights))
+    boxes = [span.duration for spans in shown.values() for span in spans if span.op is not None]
+    width = _within(WIDTHS, BOX * longest / float(np.quantile(boxes, 0.25)) if boxes else 0.0)
+    figure = _figure(width, row * sum(heights) + 0.55 * len(heights) + 1.0)
     axes = figure.subplots(
         len(shown), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
     )[:, 0]
     for axis, (name, spans) in zip(axes, shown.items(), strict=True):
         axis.set_xlim(0, longest * scale)
-        _panel(axis, spans, scale, longest)
+        _panel(axis, spans, scale, 72 * row)
         axis.set_title(name, loc="left", fontsize=10)
     axes[-1].set_xlabel(f"time ({unit})")
     used = {_kind(span) for spans in shown.values() for span in spans}
@@ -91,7 +102,37 @@ def gantt(
     )
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.draw_without_rendering()  # lays the picture out: then it is known how wide a box is
+    for axis, spans in zip(axes, shown.values(), strict=True):
+        _label(axis, spans, scale, longest)
     _save(figure, path)
+
+
+def window(timeline: Timeline) -> tuple[int, int]:
+    """First and last iteration of a run that a picture has room for.
+
+    It shows the warm-up too, unless that is long, and some periods of the steady state.
+
+    >>> from ddg_sim.costs import costs
+    >>> from ddg_sim.cycletime import evaluate
+    >>> from ddg_sim.methods import ddg
+    >>> window(evaluate(ddg(4), costs(4), iterations=50))
+    (0, 8)
+    >>> window(evaluate(ddg(64), costs(64), iterations=200))
+    (126, 131)
+    """
+    table = timeline.op_columns
+    seconds = (table["end"] - table["start"])[table["end"] > table["start"]]
+    across = timeline.period / float(np.median(seconds)) if seconds.size else 1.0
+    several = int(_within((1, ITERATIONS), BOXES / max(1.0, across)))
+    warm_up = timeline.schedule.num_ticks(0)
+    begin = 0 if warm_up <= WARM_UP else 2 * warm_up  # the first stages run a warm-up ahead
+    last = max(0, min(timeline.iterations, max(begin, warm_up) + several) - 1)
+    return (begin and max(0, last - several + 1)), last
+
+
+def _within(bounds: tuple[float, float], value: float) -> float:
+    return min(max(value, bounds[0]), bounds[1])
 
 
 def _checked(path: str | Path) -> Path:
@@ -150,9 +191,13 @@ def _window(timeline: Timeline, iterations: tuple[int, int] | None) -> list[Span
 
 
 def _visible(spans: Sequence[Span], longest: float) -> list[Span]:
-    """Spans without those links all of whose transfers would be thinner than a line."""
+    """Spans without those links all of whose transfers would be thinner than a line.
+
+    Where there are many lanes, no links are shown at all.
+    """
     thick = {span.lane for span in spans if span.op or span.duration > THIN * longest}
-    return [span for span in spans if span.lane in thick]
+    few = len(thick) <= MANY
+    return [span for span in spans if span.op or (few and span.lane in thick)]
 
 
 def _lanes(spans: Sequence[Span]) -> list[str]:
@@ -186,31 +231,41 @@ def _rows(lanes: Sequence[str], spans: Sequence[Span]) -> tuple[dict[str, float]
     return centres, max(top, 1.0)
 
 
-def _panel(axis: Axes, spans: Sequence[Span], scale: float, longest: float) -> None:
+def _panel(axis: Axes, spans: Sequence[Span], scale: float, row_points: float) -> None:
     centres, bottom = _rows(_lanes(spans), spans)
-    letter = longest * LABEL_POINTS * 0.62 / 72 / (WIDTH - 1.5)  # seconds a letter is wide
+    boxes: dict[tuple[str, str], list[Span]] = defaultdict(list)
     for span in spans:
-        colour, ink = COLOURS[_kind(span)]
-        height = 0.86 if span.op is not None else 0.6 * LINK
-        centre = centres[span.lane]
-        box = Rectangle(
-            (span.start * scale, centre - height / 2),
-            span.duration * scale,
-            height,
-            facecolor=colour,
+        boxes[span.lane, _kind(span)].append(span)
+    for (lane, kind), same in boxes.items():
+        height = 0.6 * LINK if kind == "transfer" else 0.86
+        axis.broken_barh(
+            [(span.start * scale, span.duration * scale) for span in same],
+            (centres[lane] - height / 2, height),
+            facecolor=COLOURS[kind][0],
             edgecolor="white",
             linewidth=0.4,
         )
-        axis.add_patch(box)
-        text = str(span.op.sample) if span.op is not None else ""
-        if text and (len(text) + 0.6) * letter <= span.duration:
-            middle = (span.start + span.end) / 2 * scale
-            drawn = axis.text(middle, centre + 0.03, text, fontsize=LABEL_POINTS, color=ink)
-            drawn.set(ha="center", va="center")
     axis.set_ylim(bottom + 0.1, -0.1)  # stage 1 on top
-    axis.set_yticks(list(centres.values()), list(centres), fontsize=8)
+    names = [lane if len(lane) <= 40 else f"{lane[:38]}…" for lane in centres]
+    axis.set_yticks(list(centres.values()), names, fontsize=min(8.0, 0.55 * row_points))
     axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _label(axis: Axes, spans: Sequence[Span], scale: float, longest: float) -> None:
+    """Write the sample into every box that it fits into."""
+    figure = axis.get_figure(root=True)
+    assert figure is not None
+    centres, bottom = _rows(_lanes(spans), spans)
+    box = axis.get_window_extent()  # in pixels
+    letter = 0.62 * LABEL_POINTS / 72 * figure.dpi / box.width * longest  # seconds it is wide
+    size = min(LABEL_POINTS, 0.75 * 72 / figure.dpi * box.height / (bottom + 0.2))
+    for span in spans:
+        text = str(span.op.sample) if span.op is not None else ""
+        if text and (len(text) + 0.6) * letter <= span.duration:
+            middle, ink = (span.start + span.end) / 2 * scale, COLOURS[_kind(span)][1]
+            drawn = axis.text(middle, centres[span.lane] + 0.03, text, fontsize=size, color=ink)
+            drawn.set(ha="center", va="center")
 
 
 # --- Plans --------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddg_sim.dependencies import BACKWARDS
+from ddg_sim.dependencies import Relation, template_at
 from ddg_sim.files import replacing
-from ddg_sim.rule import Activations, Gradient
+from ddg_sim.lowering import channels
+from ddg_sim.rule import Activations
 from ddg_sim.schedule import Op, OpKind
 from ddg_sim.timeline import Span, Timeline
 
@@ -25,8 +26,8 @@ def chrome_trace(timeline: Timeline, name: str = "run") -> Event:
     """Chrome trace of one timeline; its first span starts at 0.
 
     Operations are complete events on one track per worker, transfers on one per link; a flow arrow
-    leads from the producer to the consumer of everything that crosses between workers; a counter
-    per stage shows its live activations.
+    leads from the producer to the consumer of all data that crosses between workers, also within a
+    stage that lives on two; a counter per stage shows its live activations.
 
     >>> from ddg_sim.costs import costs
     >>> from ddg_sim.cycletime import evaluate
@@ -158,27 +159,34 @@ def _tracks(timeline: Timeline) -> tuple[list[Track], dict[int, str]]:
 def _flows(
     timeline: Timeline, tracks: list[Track], pid: int, first: int, origin: float
 ) -> list[Event]:
-    made: dict[tuple[str, int, int], Track] = {}
-    local = timeline.schedule.rule.gradient is Gradient.LOCAL
-    for span, tid in tracks:
-        if span.op is not None and span.op.kind is OpKind.FORWARD:
-            made["activation", span.op.stage, span.op.sample] = (span, tid)
-        elif span.op is not None and span.op.kind in BACKWARDS and not local:
-            made["gradient", span.op.stage, span.op.sample] = (span, tid)
+    schedule = timeline.schedule
+    drawn = {
+        (span.op.kind, span.op.stage, span.op.sample): (span, tid)
+        for span, tid in tracks
+        if span.op is not None
+    }
     events: list[Event] = []
     number = first
-    for (relation, stage, sample), (span, tid) in list(made.items()):
-        step = -1 if relation == "activation" else 1
-        source, source_tid = made.get((relation, stage + step, sample), (span, tid))
-        if source.lane == span.lane:
-            continue
-        number += 1
-        common = {"name": relation, "cat": "dependency", "id": number, "pid": pid}
-        # The arrow must leave within the slice it belongs to; at its very end the next one starts.
-        leave = max(_micro(source.start - origin), round(_micro(source.end - origin) - 0.001, 3))
-        arrive = _micro(span.start - origin)
-        events.append({"ph": "s", **common, "tid": source_tid, "ts": leave})
-        events.append({"ph": "f", "bp": "e", **common, "tid": tid, "ts": arrive})
+    for channel in channels(schedule):
+        if channel.relation is Relation.CREDIT:
+            continue  # a permission, not data
+        edge = channel.dependency
+        producer, consumer = (template_at(schedule, node) for node in (edge.source, edge.consumer))
+        for tick in range(schedule.num_ticks(timeline.iterations)):
+            made = schedule.sample_of(producer, tick)
+            used = schedule.sample_of(consumer, tick + edge.tokens)
+            source = drawn.get((producer.kind, producer.stage, made))
+            target = drawn.get((consumer.kind, consumer.stage, used))
+            if source is None or target is None:
+                continue
+            number += 1
+            common = {"name": channel.relation.value, "cat": "dependency", "id": number, "pid": pid}
+            (span, tid), start = source, target[0].start
+            # The arrow must leave within its slice; at the very end the next one starts.
+            leave = max(_micro(span.start - origin), round(_micro(span.end - origin) - 0.001, 3))
+            events.append({"ph": "s", **common, "tid": tid, "ts": leave})
+            arrive = {"tid": target[1], "ts": _micro(start - origin)}
+            events.append({"ph": "f", "bp": "e", **common, **arrive})
     return events
 
 

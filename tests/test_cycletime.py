@@ -14,9 +14,10 @@ from strategies import costed, costs_for, ends_without_draining, quarters
 
 from ddg_sim.costs import Costs, costs
 from ddg_sim.cycletime import cycle_time, evaluate
+from ddg_sim.decoupled import sideways
 from ddg_sim.dependencies import Node, barrier_indices, dependencies, template_at
 from ddg_sim.eventgraph import event_graph, retiming
-from ddg_sim.methods import Semantics, bp, ddg
+from ddg_sim.methods import Semantics, bp, data_parallel, ddg
 from ddg_sim.schedule import Schedule, ScheduleError, Sync, backward, forward, update
 from ddg_sim.simulate import steady_period
 
@@ -321,6 +322,22 @@ def test_large_schedules_are_fast(sync, even):
     begin = time.process_time()
     evaluate(schedule, prices, 200)
     assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_regression_two_critical_cycles_do_not_take_turns_for_ever(replicas):
+    prices = Costs(
+        forward=(1.5, 1.75, 0.25, 0.0),
+        backward=(2.5, 0.0, 1.5, 0.0),
+        update=(1.5, 0.0, 0.75, 0.0),
+        recompute=(0.0,) * 4,
+        activation_transfer=(0.0,) * 3,
+        gradient_transfer=(0.0,) * 3,
+        message=(1.0, 0.0, 1.25, 0.0),
+    )
+    schedule = data_parallel(sideways(4), replicas)
+    # Two messages in a forward and a backward pass of stage 1; four in stage 3's.
+    assert cycle_time(schedule, prices).period == max(1.5 + 2.5 + 1.5 + 2, 0.25 + 1.5 + 0.75 + 5)
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 8])

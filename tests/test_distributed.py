@@ -28,7 +28,11 @@ from ddg_gpu.transport import GlooTransport
 from ddg_sim.dependencies import validate
 from ddg_sim.lowering import Message, slots
 from ddg_sim.methods import Semantics, bp, ddg
-from ddg_sim.schedule import OpKind, Schedule, Sync, parse
+from ddg_sim.notation import parse
+from ddg_sim.schedule import OpKind, Schedule, Sync
+
+#: Where two processes run the suite, no two runs with time limits are beside one another.
+pytestmark = pytest.mark.xdist_group("time limits")
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3),

@@ -16,10 +16,13 @@ from ddg_sim.cycletime import cycle_time
 from ddg_sim.methods import bp
 from ddg_sim.profile import Profile, read
 
+#: Where two processes run the suite, profiles are measured once, in one of them.
+pytestmark = pytest.mark.xdist_group("measurement")
+
 
 @pytest.fixture(scope="module")
 def profile() -> Profile:
-    return measure(Job("bp", 3, "resnet8", iterations=1, batch_size=16), load("digits"), 4)
+    return measure(Job("bp", 3, "resnet8", iterations=1, batch_size=16), load("digits"), 2)
 
 
 def test_a_profile_describes_every_stage_and_link(profile: Profile) -> None:

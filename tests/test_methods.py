@@ -35,6 +35,7 @@ from ddg_sim.decoupled import (
 from ddg_sim.dependencies import Relation, dependencies, template_at, validate
 from ddg_sim.lowering import channels, memory
 from ddg_sim.methods import METHODS, Semantics, bp, data_parallel, ddg, dp, fr, method
+from ddg_sim.notation import grid, parse, render
 from ddg_sim.rule import Jacobian, TransformKind
 from ddg_sim.schedule import (
     OpKind,
@@ -45,9 +46,6 @@ from ddg_sim.schedule import (
     backward_input,
     backward_weight,
     forward,
-    grid,
-    parse,
-    render,
     staleness,
     staleness_levels,
     update,
@@ -120,6 +118,17 @@ def variants(stages):
 
 ALL = {name: schedule for stages in range(1, 7) for name, schedule in variants(stages).items()}
 every = pytest.mark.parametrize("schedule", ALL.values(), ids=ALL)
+
+
+def where(condition):
+    """Parametrize over those schedules of `ALL` that a test is about."""
+    found = {name: schedule for name, schedule in ALL.items() if condition(schedule)}
+    return pytest.mark.parametrize("schedule", found.values(), ids=found)
+
+
+def splits_stages(schedule):
+    """Whether forward passes run on a worker of their own."""
+    return schedule.worker_of(0, OpKind.FORWARD) != schedule.worker_of(0, OpKind.UPDATE)
 
 
 def golden():
@@ -211,12 +220,9 @@ def assert_versions(schedule, iterations=9):
         assert ages[stage][min(settled, iterations - 1)] == levels
 
 
-@every
+@where(lambda schedule: not splits_stages(schedule))
 def test_versions_are_those_counted_on_the_way(schedule):
-    if len(schedule.workers) == 2 and not any(
-        template.kind is OpKind.UPDATE for template in schedule.workers[0]
-    ):
-        pytest.skip("a stage on two workers: test_pd_asgd_reads_what_the_iteration_before_produced")
+    """Others: test_pd_asgd_reads_what_the_iteration_before_produced."""
     assert_versions(schedule, iterations=2 * schedule.num_ticks(0) + 4)
 
 
@@ -491,10 +497,8 @@ def test_whole_and_split_backward_passes_mix():
         validate(twice)
 
 
-@every
+@where(lambda schedule: schedule.replicas == 1)
 def test_every_replica_meets_before_it_updates(schedule):
-    if schedule.replicas > 1:
-        pytest.skip("has replicas")
     together = data_parallel(schedule, 3)
     assert parse(render(together)) == together
     assert staleness_levels(together) == staleness_levels(schedule)
@@ -608,11 +612,9 @@ def test_two_buffered_weights_follow_the_paper():
     np.testing.assert_allclose(run.w[-1, 0, : last.start], w[-2][: last.start], atol=1e-13, rtol=0)
 
 
-@every
+@where(lambda schedule: schedule.num_stages <= 3)
 def test_executors_run_or_refuse(schedule):
     stages = schedule.num_stages
-    if stages > 3:
-        pytest.skip("three stages show it")
     problem = make("rotation-chain", stages)
     ticks = schedule.num_ticks(0) + 2
     path = np.zeros((1, ticks * schedule.samples_per_iteration), dtype=int)

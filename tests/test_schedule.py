@@ -10,6 +10,7 @@ from ddg_sim.decoupled import dgl
 from ddg_sim.dependencies import dependencies, validate
 from ddg_sim.lowering import StageMemory, memory, stage_memory
 from ddg_sim.methods import Semantics, bp, ddg, method
+from ddg_sim.notation import grid, parse, parse_op, render
 from ddg_sim.periodic import periodic
 from ddg_sim.rule import Activations, Rule
 from ddg_sim.schedule import (
@@ -20,10 +21,6 @@ from ddg_sim.schedule import (
     Sync,
     backward,
     forward,
-    grid,
-    parse,
-    parse_op,
-    render,
     staleness,
     update,
 )
@@ -135,8 +132,8 @@ BODY = [forward(0), backward(0), update(0)]
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        (build(stages=0), "at least one stage and no empty worker"),
-        (build(BODY, []), "at least one stage and no empty worker"),
+        (build(stages=0), "at least one stage and one worker"),
+        (build(BODY, []), "worker 1 has no operations: leave it out"),
         (build(BODY, m=0), "samples_per_iteration must be at least 1, got 0"),
         (build([*BODY, forward(3)]), r"worker 0, operation 3 \(F3\(t\)\): stage must be in 0..0"),
         (build([forward(0, 1), *BODY[1:]]), r"operation 0 \(F0\(t\+1\)\): its sample has not ent"),

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import random
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from strategies import PATIENT, costed
 
 from ddg_sim.costs import costs
 from ddg_sim.cycletime import evaluate
+from ddg_sim.decoupled import pd_asgd
 from ddg_sim.dependencies import Relation
 from ddg_sim.lowering import Message, StageMemory, memory
 from ddg_sim.methods import METHODS, bp, ddg, method
-from ddg_sim.plot import gantt
+from ddg_sim.plot import gantt, window
 from ddg_sim.schedule import OpKind, Sync
 from ddg_sim.simulate import simulate
 from ddg_sim.steady import Regime, find_regime
@@ -224,6 +226,21 @@ def test_traces_of_every_method_are_well_formed(name):
         assert start["ts"] <= finish["ts"], "an arrow back in time"
 
 
+def test_arrows_lead_from_one_worker_of_a_stage_to_the_other():
+    """PD-ASGD: a forward pass hands its activations on, an update the weights of the next one."""
+    run = evaluate(pd_asgd(3), costs(3, update=0.5), 6)
+    trace = chrome_trace(run)["traceEvents"]
+    flows = assert_well_formed(trace)
+    # What the last two of the six updates produce, no forward pass reads.
+    named = Counter(start["name"] for start, _ in flows.values())
+    assert named == {"local": 3 * 6, "weights": 3 * 4}
+    starts = {(e["args"]["op"], e["tid"]): e["ts"] for e in trace if e["ph"] == "X"}
+    arrivals = {(f["tid"], f["ts"]) for _, f in flows.values()}
+    for (op, tid), ts in starts.items():
+        if op.startswith("B"):
+            assert (tid, ts) in arrivals, op
+
+
 def test_a_measured_run_must_be_a_run_of_the_schedule():
     run = evaluate(ddg(2), costs(2), 3)
     span, op = run.operations[0]
@@ -266,6 +283,40 @@ def test_an_svg_says_what_it_shows(tmp_path):
         "predicted",
     ):
         assert f"<!-- {words} -->" in text
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("iterations", [1, 3, 40])
+def test_the_window_of_a_picture_is_a_part_of_the_run(name, iterations):
+    first, last = window(evaluate(method(name, 4), costs(4), iterations))
+    assert 0 <= first <= last < iterations
+
+
+def test_a_picture_of_many_micro_batches_shows_few_periods():
+    few, many = (evaluate(method("gpipe", 8, micro_batches=m), costs(8), 9) for m in (2, 32))
+    assert window(few)[1] > 0
+    assert window(many) == (0, 0)
+
+
+def drawn_texts(path):
+    return re.findall("<!-- (.*?) -->", path.read_text())
+
+
+def test_a_picture_of_64_stages_names_all_of_them_and_leaves_links_out(tmp_path):
+    run = evaluate(ddg(64), costs(64, comm=0.5), 140)
+    first, last = window(run)
+    assert first >= 2 * 63 - 6  # past the forward passes that the first stages run ahead
+    gantt({"run": run}, tmp_path / "gantt.svg", (first, first))
+    texts = drawn_texts(tmp_path / "gantt.svg")
+    assert {f"stage {k}" for k in range(1, 65)} <= set(texts)
+    assert not any(text.startswith("link") for text in texts)
+
+
+def test_a_sample_is_written_only_where_it_fits(tmp_path):
+    run = evaluate(bp(2), costs(2, forward=(1.0, 1e-3)), 2)
+    gantt({"run": run}, tmp_path / "gantt.svg")
+    texts = Counter(drawn_texts(tmp_path / "gantt.svg"))
+    assert texts["1"] == 3  # not into the box of a millisecond
 
 
 def test_pictures_refuse_what_they_cannot_draw(tmp_path):
