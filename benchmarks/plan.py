@@ -19,6 +19,7 @@ from time import perf_counter
 from environment import environment
 
 LAYERS, BATCH = 120, 64
+CLUSTERS = {"free links": 0, "8 GPUs": 8, "16 GPUs": 16}
 SWEEPS = [  # options of one command each: ddg and fr know three synchronisations
     "--methods bp,gpipe,1f1b,pipedream,dgl",
     "--methods ddg,fr --sync none,barrier,mailbox",
@@ -47,7 +48,7 @@ def two_nodes(devices: int) -> dict[str, object]:
     inside = {"bandwidth": "100 GB/s", "latency": "5 us"}
     return {
         "version": 1,
-        "devices": [{"name": node, "count": devices // 2, "memory": "40 GB"} for node in "ab"],
+        "devices": [{"name": node, "count": devices // 2, "memory": "80 GB"} for node in "ab"],
         "links": [{"between": [node, node], **inside} for node in "ab"],
         "default_link": {"bandwidth": "10 GB/s", "latency": "30 us"},
     }
@@ -73,17 +74,20 @@ def main() -> None:
     """Run the sweeps on every cluster and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--profile", type=Path, default=None)
-    parser.add_argument("--batches", type=int, default=60, help="how many sizes, 64 apart")
+    parser.add_argument("--batches", type=int, default=60, help="how many sizes, 8 apart")
+    parser.add_argument("--only", choices=CLUSTERS, default=None, help="one of the clusters")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
-    sizes = ",".join(str(64 * (index + 1)) for index in range(options.batches))
+    sizes = ",".join(str(8 * (index + 1)) for index in range(options.batches))
     found = {}
     with TemporaryDirectory() as folder:
         layers = options.profile or Path(folder) / "network.graph.txt"
         if options.profile is None:
             layers.write_text(network())
-        for name, devices in (("free links", 0), ("8 GPUs", 8), ("16 GPUs", 16)):
+        for name, devices in CLUSTERS.items():
+            if options.only not in (None, name):
+                continue
             words = ["--profile", str(layers), "--profile-batch-size", str(BATCH)]
             words += ["--stages", f"1..{devices or 16}", "--batch-sizes", sizes]
             words += ["--jobs", str(options.jobs)]

@@ -18,7 +18,7 @@ from ddg_sim.costs import Costs
 from ddg_sim.cutcosts import CutCosts
 from ddg_sim.cycletime import CycleTime
 from ddg_sim.descent import enumerate_all, levels_around
-from ddg_sim.partition import Cutter, Partition, fitting, misfit
+from ddg_sim.partition import Cutter, Partition, few, fitting, misfit
 from ddg_sim.separable import TOLERANCE
 
 
@@ -70,15 +70,11 @@ def _sweep(cutter: Cutter, batches: Sequence[float]) -> dict[float, Partition]:
     """Cut for the smallest and the largest, and between them as often as there are changes."""
     found: dict[float, Partition] = {}
 
-    def search(index: int) -> None:
-        batch = batches[index]
-        start = fitting(cutter.costs.at(batch))
-        assert start is not None
-        found[batch] = cutter.cut(batch, start)
+    def search(index: int, near: bool) -> None:
+        found[batches[index]] = cutter.cut(batches[index], near)
 
-    if batches:
-        search(0)
-        search(len(batches) - 1)
+    for index in {0, len(batches) - 1} if batches else ():
+        search(index, near=False)
     spans = [(0, len(batches) - 1)]
     while spans:
         low, high = spans.pop()
@@ -95,7 +91,7 @@ def _sweep(cutter: Cutter, batches: Sequence[float]) -> dict[float, Partition]:
                 found[batches[pivot]] = between
             else:
                 continue
-        search(pivot)
+        search(pivot, near=True)
         spans += [(low, pivot), (pivot, high)]
     return found
 
@@ -135,7 +131,7 @@ def _between(cutter: Cutter, batch: float, neighbour: Partition) -> Partition | 
     period = cycle.period
     if not problem.within_limits(cuts):
         return None
-    if cutter.few:
+    if few(costs):
         bound = enumerate_all(problem, problem.level).value
         if bound < period * (1 - 2 * TOLERANCE):
             return None
@@ -144,8 +140,9 @@ def _between(cutter: Cutter, batch: float, neighbour: Partition) -> Partition | 
         if bound < less and neighbour.exact and problem.excludes(less):
             bound = less
         if bound < less:
-            promising = any(problem.level(point) < less for point in problem.relaxed)
-            if not cutter.quick or promising or levels_around(problem, cuts)[0].min() < less:
+            promised = min(map(problem.level, problem.relaxed), default=less)
+            promised = min(promised, levels_around(problem, cuts)[0].min(initial=less))
+            if not cutter.quick or promised < less:
                 return None
     return Partition(cuts, seconds, cycle, min(bound, period), costs.memory(cuts))
 

@@ -22,7 +22,7 @@ from ddg_sim.labels import TooManyLabelsError
 from ddg_sim.layers import LayerGraph
 from ddg_sim.network import FREE, Network
 from ddg_sim.schedule import Schedule
-from ddg_sim.separable import TOLERANCE, Cuts, Minimum, Row, minimise
+from ddg_sim.separable import NEAR, TOLERANCE, Cuts, Minimum, Row, minimise
 from ddg_sim.times import Array
 
 #: So many possible cuts are all looked at.
@@ -148,10 +148,7 @@ def partition(
         message=message,
         network=network,
     )
-    start = fitting(costs)
-    if start is None:
-        raise DoesNotFitError(misfit(costs))
-    return Cutter(costs, quick).cut(1.0, start)
+    return Cutter(costs, quick).cut(1.0)
 
 
 class Cutter:
@@ -173,17 +170,15 @@ class Cutter:
         rows = [*costs.limits(), *self.rows]
         return Cuts(costs.basis, costs.totals, rows, self.points, self.weights)
 
-    @property
-    def few(self) -> bool:
-        """Whether there are so few cuts that all are looked at."""
-        return math.comb(self.costs.basis.shape[2] - 2, self.costs.basis.shape[0]) <= FEW
-
-    def cut(self, batch: float, start: tuple[int, ...]) -> Partition:
+    def cut(self, batch: float, near: bool = False) -> Partition:
         """The best cuts for a batch, see `partition`.
 
         Args:
             batch: in batches of the network's.
-            start: any cuts that fit.
+            near: whether a quick search begins at cuts of other batches only.
+
+        Raises:
+            DoesNotFitError: if nothing fits into memory.
         """
         costs = self.costs.at(batch)
         problem = self.problem(costs)
@@ -200,7 +195,7 @@ class Cutter:
                     assert problem.level(cuts) >= bound.period * (1 - TOLERANCE)
             return cycles[cuts].period
 
-        best = self._best(costs, problem, period, start)
+        best = self._best(costs, problem, period, near)
         period(best.cuts)
         self.points = list(dict.fromkeys([*problem.relaxed, best.cuts]))
         self.weights = problem.weights
@@ -217,21 +212,31 @@ class Cutter:
         costs: CutCosts,
         problem: Cuts,
         period: Callable[[tuple[int, ...]], float],
-        start: tuple[int, ...],
+        near: bool,
     ) -> Minimum:
-        if self.few:
+        start = min(filter(problem.within_limits, self.points), key=problem.level, default=None)
+        if start is None:
+            start = fitting(costs)
+        if start is None:
+            raise DoesNotFitError(misfit(costs))
+        if few(costs):
             return enumerate_all(problem, period)
-        starts = [start, costs.even_cuts(), *(costs.bottleneck_cuts(w) for w in (0, 1, 2))]
-        if self.points:  # another batch has begun there already
-            starts = [start]
+        starts = [start]
+        if not near:
+            starts += [costs.even_cuts(), *(costs.bottleneck_cuts(w) for w in (0, 1, 2))]
         best = descend(problem, period, starts)
-        # Where memory is short, single moves lead nowhere, but there are fewer cuts to choose from.
+        if not self.quick:
+            return minimise(problem, period, best.cuts)
         better = [cuts for cuts in problem.relaxed if problem.level(cuts) < best.value]
-        if not self.quick or not (
-            best.exact or all(map(problem.within_limits, [*starts, *better]))
-        ):
-            best = minimise(problem, period, best.cuts)
-        return best
+        if best.exact or all(map(problem.within_limits, [*starts, *better])):
+            return best
+        # Where memory is short, single moves lead nowhere, but there are fewer cuts to choose from.
+        return minimise(problem, period, best.cuts, NEAR if near else TOLERANCE)
+
+
+def few(costs: CutCosts) -> bool:
+    """Whether there are so few cuts that all are looked at."""
+    return math.comb(costs.basis.shape[2] - 2, costs.basis.shape[0]) <= FEW
 
 
 def fitting(costs: CutCosts) -> tuple[int, ...] | None:
@@ -247,21 +252,21 @@ def fitting(costs: CutCosts) -> tuple[int, ...] | None:
     try:
         return problem.earliest(0.0)
     except TooManyLabelsError:
-        shared = _roomiest(costs)
+        shares = _shares(costs)
+        shared = minimise(shares, shares.level, start)
         return shared.cuts if problem.within_limits(shared.cuts) else None
 
 
-def _roomiest(costs: CutCosts) -> Minimum:
-    """Cuts that share memory out best: the least largest share of a device's memory."""
-    problem = Cuts(costs.basis, costs.totals)
-    for row in costs.limits():
-        problem.add(replace(row, rate=row.limit, limit=0.0))
-    return minimise(problem, problem.level, costs.even_cuts())
+def _shares(costs: CutCosts) -> Cuts:
+    """The problem of sharing memory out: the level is the largest share of a device's memory."""
+    rows = [replace(row, rate=row.limit, limit=0.0) for row in costs.limits()]
+    return Cuts(costs.basis, costs.totals, rows)
 
 
 def misfit(costs: CutCosts) -> str:
-    """Say which device is overfull even where memory is shared out as well as can be."""
-    shared = _roomiest(costs)
+    """Say which device is overfull where memory is shared out as well as single moves can."""
+    shares = _shares(costs)
+    shared = descend(shares, shares.level, [costs.even_cuts()])
     needs, sizes = costs.memory(shared.cuts), costs.capacities
     worker = max(range(len(sizes)), key=lambda w: needs[w] / sizes[w])
     stages = [
@@ -270,7 +275,7 @@ def misfit(costs: CutCosts) -> str:
         if costs.schedule.worker_of(stage) == worker
     ]
     where = f"stage{'s' if len(stages) > 1 else ''} {', '.join(stages)}"
-    best = "best" if shared.lower_bound > 1 else "as well as was found"
+    best = "best" if shared.exact else "as well as was found"
     return (
         f"does not fit: {where} need{'' if len(stages) > 1 else 's'} {bytes_text(needs[worker])}"
         f" of {bytes_text(sizes[worker])}, even where memory is shared out {best}"

@@ -273,7 +273,10 @@ class Minimum:
 
 
 def minimise(
-    problem: Cuts, value_of: Callable[[tuple[int, ...]], float], start: tuple[int, ...]
+    problem: Cuts,
+    value_of: Callable[[tuple[int, ...]], float],
+    start: tuple[int, ...],
+    enough: float = TOLERANCE,
 ) -> Minimum:
     """Minimise a value of which the problem's constraints know lower bounds.
 
@@ -285,6 +288,7 @@ def minimise(
         value_of: the value of some cuts; if it is above the level that the problem's constraints
             allow, it adds a constraint that says so.
         start: any cuts that are within limits.
+        enough: relative gap to the lower bound with which to be content.
 
     Returns:
         The least value and, of cuts that attain it, the lexicographically first. Where that would
@@ -296,7 +300,9 @@ def minimise(
             problem.stride = stride
             cuts, best, _ = _descend(problem, value_of, cuts, best, NEAR)
     problem.stride = 1
-    cuts, best, lower = _descend(problem, value_of, cuts, best, TOLERANCE)
+    cuts, best, lower = _descend(problem, value_of, cuts, best, enough)
+    if enough > TOLERANCE:
+        return Minimum(cuts, best, min(lower, best))
     with contextlib.suppress(TooManyLabelsError):
         known = -1
         while len(problem.rows) > known:  # of equally good cuts, the first
