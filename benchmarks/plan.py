@@ -32,7 +32,7 @@ def network() -> str:
     for layer in range(LAYERS):
         depth = layer // 30  # every 30 layers the pictures shrink and the channels double
         forward = 1.5 + 1.2 * ((7 * layer) % 11) / 11
-        outputs = BATCH * 4 * 800_000 / 2**depth
+        outputs = BATCH * 4 * 400_000 / 2**depth
         weights = 4 * 9 * (64 * 2**depth) ** 2
         lines.append(
             f"node{layer} -- layer{layer} -- forward_compute_time={forward:.3f},"
@@ -43,12 +43,12 @@ def network() -> str:
     return "\n".join(lines) + "\n"
 
 
-def two_nodes(devices: int) -> dict[str, object]:
+def two_nodes(devices: int, memory: str) -> dict[str, object]:
     """Two equal nodes: fast links inside, slow ones between them."""
     inside = {"bandwidth": "100 GB/s", "latency": "5 us"}
     return {
         "version": 1,
-        "devices": [{"name": node, "count": devices // 2, "memory": "80 GB"} for node in "ab"],
+        "devices": [{"name": node, "count": devices // 2, "memory": memory} for node in "ab"],
         "links": [{"between": [node, node], **inside} for node in "ab"],
         "default_link": {"bandwidth": "10 GB/s", "latency": "30 us"},
     }
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, default=None)
     parser.add_argument("--batches", type=int, default=60, help="how many sizes, 8 apart")
     parser.add_argument("--only", choices=CLUSTERS, default=None, help="one of the clusters")
+    parser.add_argument("--memory", default="1 PB", help="of a device, as '80 GB'")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
@@ -93,7 +94,7 @@ def main() -> None:
             words += ["--jobs", str(options.jobs)]
             if devices:
                 cluster = Path(folder) / "cluster.json"
-                cluster.write_text(json.dumps(two_nodes(devices)))
+                cluster.write_text(json.dumps(two_nodes(devices, options.memory)))
                 words += ["--cluster", str(cluster)]
             each = [timed([*words, *sweep.split()]) for sweep in SWEEPS]
             points, proved, seconds = map(sum, zip(*each, strict=True))

@@ -14,7 +14,6 @@ from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ddg_sim.costs import Costs
 from ddg_sim.cutcosts import CutCosts
 from ddg_sim.cycletime import CycleTime
 from ddg_sim.descent import enumerate_all, levels_around
@@ -69,86 +68,89 @@ def partitions(costs: CutCosts, batches: Sequence[float], quick: bool = True) ->
 def _sweep(cutter: Cutter, batches: Sequence[float]) -> dict[float, Partition]:
     """Cut for the smallest and the largest, and between them as often as there are changes."""
     found: dict[float, Partition] = {}
-
-    def search(index: int, near: bool) -> None:
-        found[batches[index]] = cutter.cut(batches[index], near)
-
     for index in {0, len(batches) - 1} if batches else ():
-        search(index, near=False)
+        found[batches[index]] = cutter.cut(batches[index])
     spans = [(0, len(batches) - 1)]
     while spans:
-        low, high = spans.pop()
-        if high - low < 2:
+        first, last = spans.pop()
+        if last - first < 2:
             continue
-        ends = [(batches[index], found[batches[index]]) for index in (low, high)]
-        if not _same_cycle(cutter.costs, *ends):
-            pivot = bisect(batches, _crossing(cutter.costs, *ends), low + 1, high - 1)
-        else:
-            for pivot in range(low + 1, high):
-                between = _between(cutter, batches[pivot], ends[0][1])
+        span = _Span(batches[first], batches[last], found[batches[first]], found[batches[last]])
+        if span.one_cycle:
+            for pivot in range(first + 1, last):
+                between = span.at(batches[pivot], cutter)
                 if between is None:
                     break
                 found[batches[pivot]] = between
             else:
                 continue
-        search(pivot, near=True)
-        spans += [(low, pivot), (pivot, high)]
+        else:
+            pivot = bisect(batches, span.change, first + 1, last - 1)
+        found[batches[pivot]] = cutter.cut(batches[pivot], near=True)
+        spans += [(first, pivot), (pivot, last)]
     return found
 
 
-_Point = tuple[float, Partition]
+class _Span:
+    """What the partitions for two batches say about the batches between."""
 
+    def __init__(self, low: float, high: float, first: Partition, last: Partition) -> None:
+        self.ends, self.first, self.last = (low, high), first, last
+        self.later = _timed(first, last.network)  # the first one's critical cycle at the last
 
-def _line(costs: CutCosts, point: _Point, batch: float) -> float:
-    """What the critical cycle of one batch, with its cuts, makes of another batch's period."""
-    cycle = point[1].cycle
-    row = costs.cycle_row(cycle.cycle, cycle.tokens)
-    return costs.at(batch).value(row, point[1].cuts) / cycle.tokens
+    @property
+    def one_cycle(self) -> bool:
+        """Whether one cycle, with the same cuts, bounds both ends, and so all between."""
+        later = math.fsum(self.later) / self.first.cycle.tokens
+        near = math.isclose(later, self.last.period, rel_tol=TOLERANCE / 10)
+        return near and self.first.cuts == self.last.cuts
 
+    @property
+    def change(self) -> float:
+        """The batch at which the critical cycle of the last one overtakes that of the first."""
+        earlier = math.fsum(_timed(self.last, self.first.network)) / self.last.cycle.tokens
+        ahead = self.first.period - earlier
+        behind = self.last.period - math.fsum(self.later) / self.first.cycle.tokens
+        share = ahead / (ahead + behind) if min(ahead, behind) > 0 else 0.5
+        return self.ends[0] + share * (self.ends[1] - self.ends[0])
 
-def _same_cycle(costs: CutCosts, low: _Point, high: _Point) -> bool:
-    """Whether one cycle, with the same cuts, bounds both batches, and so all between."""
-    if low[1].cuts != high[1].cuts:
-        return False
-    return math.isclose(_line(costs, low, high[0]), high[1].period, rel_tol=TOLERANCE / 10)
-
-
-def _crossing(costs: CutCosts, low: _Point, high: _Point) -> float:
-    """The batch at which the critical cycle of the larger one overtakes that of the smaller."""
-    ahead = low[1].period - _line(costs, high, low[0])
-    behind = high[1].period - _line(costs, low, high[0])
-    share = ahead / (ahead + behind) if min(ahead, behind) > 0 else 0.5
-    return low[0] + share * (high[0] - low[0])
-
-
-def _between(cutter: Cutter, batch: float, neighbour: Partition) -> Partition | None:
-    """The neighbour's partition for this batch, which its cycle bounds; None: search anew."""
-    costs = cutter.costs.at(batch)
-    problem = cutter.problem(costs)
-    cuts = neighbour.cuts
-    seconds = costs.costs(cuts)
-    cycle = _timed(neighbour.cycle, seconds)
-    period = cycle.period
-    if not problem.within_limits(cuts):
-        return None
-    if few(costs):
-        bound = enumerate_all(problem, problem.level).value
-        if bound < period * (1 - 2 * TOLERANCE):
+    def at(self, batch: float, cutter: Cutter) -> Partition | None:
+        """The partition of both ends for a batch between them; None: it needs a search."""
+        costs = cutter.costs.at(batch)
+        problem = cutter.problem(costs)
+        cuts = self.first.cuts
+        cycle = self._cycle(batch)
+        if not problem.within_limits(cuts):
             return None
-    else:
-        bound, less = problem.known_bound(), period * (1 - TOLERANCE)
-        if bound < less and neighbour.exact and problem.excludes(less):
-            bound = less
-        if bound < less:
-            promised = min(map(problem.level, problem.relaxed), default=less)
-            promised = min(promised, levels_around(problem, cuts)[0].min(initial=less))
-            if not cutter.quick or promised < less:
+        less = cycle.period * (1 - TOLERANCE)
+        if few(costs):
+            bound = enumerate_all(problem, problem.level).value
+            if bound < less:
                 return None
-    return Partition(cuts, seconds, cycle, min(bound, period), costs.memory(cuts))
+        else:
+            bound = problem.known_bound()
+            if bound < less and self.first.exact and problem.excludes(less):
+                bound = less
+            if bound < less:
+                promised = min(map(problem.level, problem.relaxed), default=less)
+                promised = min(promised, levels_around(problem, cuts)[0].min(initial=less))
+                if not cutter.quick or promised < less:
+                    return None
+        return Partition(cuts, costs, cycle, min(bound, cycle.period))
+
+    def _cycle(self, batch: float) -> CycleTime:
+        low, high = self.ends
+        share = (batch - low) / (high - low)
+        cycle = self.first.cycle
+        durations = tuple(
+            (1 - share) * early + share * late
+            for early, late in zip(cycle.durations, self.later, strict=True)
+        )
+        seconds = math.fsum(durations)
+        return replace(cycle, period=seconds / cycle.tokens, seconds=seconds, durations=durations)
 
 
-def _timed(cycle: CycleTime, costs: Costs) -> CycleTime:
-    """The same cycle at other costs of the network, but with the same host."""
-    durations = tuple(event.seconds(costs) for event in cycle.cycle)
-    seconds = math.fsum(durations)
-    return replace(cycle, period=seconds / cycle.tokens, seconds=seconds, durations=durations)
+def _timed(found: Partition, network: CutCosts) -> tuple[float, ...]:
+    """Seconds of the critical cycle's events, with the same cuts for another batch."""
+    costs = network.costs(found.cuts)
+    return tuple(event.seconds(costs) for event in found.cycle.cycle)

@@ -39,17 +39,25 @@ class Partition:
 
     Args:
         cuts: first layer of stages 1..K-1 (stages and layers count from 0).
-        costs: seconds of the stages and links.
+        network: what any cuts of it cost.
         cycle: the period, and what bounds it.
         lower_bound: seconds; no partition that fits has a shorter period.
-        memory: peak bytes per worker.
     """
 
     cuts: tuple[int, ...]
-    costs: Costs
+    network: CutCosts
     cycle: CycleTime
     lower_bound: float
-    memory: tuple[float, ...]
+
+    @property
+    def costs(self) -> Costs:
+        """Seconds of the stages and links."""
+        return self.network.costs(self.cuts)
+
+    @property
+    def memory(self) -> tuple[float, ...]:
+        """Peak bytes per worker."""
+        return self.network.memory(self.cuts)
 
     @property
     def period(self) -> float:
@@ -199,13 +207,7 @@ class Cutter:
         period(best.cuts)
         self.points = list(dict.fromkeys([*problem.relaxed, best.cuts]))
         self.weights = problem.weights
-        return Partition(
-            best.cuts,
-            costs.costs(best.cuts),
-            cycles[best.cuts],
-            best.lower_bound,
-            costs.memory(best.cuts),
-        )
+        return Partition(best.cuts, costs, cycles[best.cuts], best.lower_bound)
 
     def _best(
         self,
