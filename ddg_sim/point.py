@@ -153,7 +153,7 @@ def _outcome(setting: Setting, placement: Placement, schedule: Schedule, cut: Cu
 
 def _periods(setting: Setting, placement: Placement, schedule: Schedule, found: Partition) -> Array:
     """Seconds per iteration, of many runs where times vary."""
-    if setting.jitter == 1.0 and not placement.network.buses:
+    if setting.jitter == 1 and not placement.network.buses:
         return np.array([found.period])
     costs = replace(
         found.costs, jitter=(setting.jitter,) * schedule.num_stages, network=placement.network
