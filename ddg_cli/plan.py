@@ -22,6 +22,7 @@ from ddg_cli.output import (
 
 if TYPE_CHECKING:
     from ddg_sim.plan import Plan, Row
+    from ddg_sim.schedule import Schedule
 
 ASSUMPTION = (
     "A batch is the samples of one update over all replicas: with m micro-batches on R replicas,"
@@ -64,6 +65,10 @@ def plan(
         str | None,
         typer.Option(help="none, barrier, mailbox: one or several. [default: each method's own]"),
     ] = None,
+    stages_per_device: Annotated[
+        str,
+        typer.Option(help="Consecutive stages that take turns on a device, as 1 or 1,2,4."),
+    ] = "1",
     optimizer: Annotated[
         str, typer.Option(help="sgd, momentum or adam: what it keeps per parameter.")
     ] = "sgd",
@@ -74,12 +79,12 @@ def plan(
     jitter: Annotated[
         str, typer.Option(help="Factor on every operation, as 'lognormal(1,0.1)'.")
     ] = "1",
-    seed: Annotated[int, typer.Option(min=0, help="Of the jitter.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the jitter. [default: 0]")] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Look for the best cuts as long as it takes.")
     ] = False,
     jobs: Annotated[int, typer.Option(help="Processes; -1 takes all cores.")] = -1,
-    top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
+    top: Annotated[int | None, typer.Option(min=1, help="Rows of the table. [default: 20]")] = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Speedup curves and heat maps: one picture (.png, .svg), or a folder."),
@@ -104,6 +109,12 @@ def plan(
     factor = durations("--jitter", jitter)
     if isinstance(factor, tuple):
         raise ValueError(f"--jitter {jitter!r}: give one number or distribution")
+    if isinstance(factor, int | float) and factor != 1:
+        raise ValueError(f"--jitter {jitter!r} does not vary: give a distribution")
+    if seed is not None and jitter == "1":
+        raise ValueError("--seed has nothing to draw: give a --jitter that varies")
+    if top is not None and json:
+        raise ValueError("--top is about the table: --json prints all rows")
     if jobs == 0:
         raise ValueError("--jobs 0: give a number of processes, or -1 for all cores")
     graph = read_layers(profile)
@@ -123,11 +134,12 @@ def plan(
             micro_batches=numbers("--micro-batches", micro_batches) if micro_batches else None,
             replicas=numbers("--replicas", replicas),
             syncs=[choice("--sync", word, Sync) for word in sync.split(",")] if sync else None,
+            stages_per_device=numbers("--stages-per-device", stages_per_device),
             cluster=read(cluster) if cluster is not None else None,
             optimizer=optimizer,
             profile_batch_size=profile_batch_size or known,
             jitter=factor,
-            seed=seed,
+            seed=seed or 0,
             exact=exact,
             jobs=jobs,
             progress=progress,
@@ -143,7 +155,7 @@ def plan(
             }
         )
     else:
-        _print(found, top)
+        _print(found, top or 20)
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:
@@ -189,6 +201,7 @@ def _fields(row: Row) -> dict[str, Any]:
         "stages": schedule.num_stages,
         "sync": schedule.sync.value,
         "replicas": schedule.replicas,
+        "workers": len(schedule.workers),
         "devices": row.devices,
         "batch_size": row.batch_size,
         "micro_batches": schedule.samples_per_iteration,
@@ -235,6 +248,8 @@ def _print(found: Plan, top: int) -> None:
             f"cuts proved best for {len(rows) - unproved:,} of {len(rows):,} points,"
             " the others are the best that was found (--exact searches on)"
         )
+    if any(row.schedule.num_stages > len(row.schedule.workers) for row in rows[:top]):
+        print_line("K/D: K stages take turns on D devices of each replica")
     print_line(
         "batch: samples per update over all replicas, of which an operation takes batch/(m R);"
         " a layer's time grows with them"
@@ -253,6 +268,12 @@ def _name(row: Row) -> str:
     return row.schedule.method + (f" ({sync})" if sync != "none" else "")
 
 
+def _stages(schedule: Schedule) -> str:
+    """Number of stages, and of the devices that they share, if they do."""
+    shared = schedule.num_stages > len(schedule.workers)
+    return f"{schedule.num_stages}" + (f"/{len(schedule.workers)}" if shared else "")
+
+
 def _cells(row: Row, random: bool) -> list[str]:
     from ddg_sim.partition import bytes_text
 
@@ -262,7 +283,7 @@ def _cells(row: Row, random: bool) -> list[str]:
     replicas = f"×{schedule.replicas}" if schedule.replicas > 1 else ""
     return [
         _name(row),
-        f"{schedule.num_stages}{replicas}",
+        _stages(schedule) + replicas,
         str(schedule.samples_per_iteration),
         "–" if row.batch_size is None else str(row.batch_size),
         period,

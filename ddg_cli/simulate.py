@@ -23,6 +23,7 @@ from ddg_cli.output import (
 
 if TYPE_CHECKING:
     from ddg_sim.contention import Contention
+    from ddg_sim.schedule import Schedule
     from ddg_sim.whatif import Change
 
 #: Operations of a timeline that nobody asked to be longer, and the most that anybody may ask for.
@@ -33,10 +34,49 @@ Times = str | None
 def _parsed(given: dict[str, Times]) -> dict[str, Any]:
     """The options that were given, as times."""
     return {
-        name: durations(f"--{name.replace('_', '-')}", text)
-        for name, text in given.items()
-        if text is not None
+        name: durations(_option(name), text) for name, text in given.items() if text is not None
     }
+
+
+def _applicable(method: str, given: dict[str, Any]) -> None:
+    """Refuse options that the method does not take."""
+    from inspect import signature
+
+    from ddg_sim.methods import METHODS
+
+    if method not in METHODS:
+        return  # said by whoever builds the schedule
+    known = [name for name in signature(METHODS[method]).parameters if name in given]
+    for name, value in given.items():
+        if value is not None and name not in known and (name, value) != ("sync", "none"):
+            takes = ", ".join(map(_option, known)) or "none of these options"
+            raise ValueError(f"{_option(name)} does not apply to {method}, which takes {takes}")
+
+
+def _no_such_operation(schedule: Schedule, given: dict[str, Times]) -> None:
+    """Refuse times of what the schedule does not do."""
+    from ddg_sim.dependencies import dependencies
+    from ddg_sim.schedule import OpKind, Sync
+
+    kinds = {template.kind for template in schedule.templates()}
+    messages = any(edge.travels for edge in dependencies(schedule))
+    there = {
+        "recompute": (OpKind.RECOMPUTE in kinds, "recomputes nothing"),
+        "all_reduce": (OpKind.ALL_REDUCE in kinds, "has no replicas"),
+        "barrier": (schedule.sync is Sync.BARRIER, "has no barriers"),
+        "comm": (messages, "sends no messages"),
+        "message": (messages, "sends no messages"),
+    }
+    for name, (some, why) in there.items():
+        if given[name] is not None and not some:
+            raise ValueError(
+                f"{_option(name)} {given[name]!r}: {schedule.method} on {schedule.num_stages}"
+                f" stage{'s' if schedule.num_stages > 1 else ''}, sync {schedule.sync.value}, {why}"
+            )
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def simulate(
@@ -96,6 +136,10 @@ def simulate(
         int | None,
         typer.Option(max=65_536, help="Data-parallel copies of any method. [default: 1; dp: 2]"),
     ] = None,
+    stages_per_device: Annotated[
+        int,
+        typer.Option(min=1, max=1000, help="Consecutive workers that take turns on a device."),
+    ] = 1,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Iterations of the timeline. [default: about 100]")
     ] = None,
@@ -133,6 +177,7 @@ def simulate(
     from ddg_sim import methods
     from ddg_sim.contention import contended
     from ddg_sim.costs import costs
+    from ddg_sim.folding import fold
     from ddg_sim.network import Network
     from ddg_sim.predict import predict
     from ddg_sim.profile import read
@@ -141,20 +186,22 @@ def simulate(
     output_path("--trace", trace)
     output_path("--plot", plot, (".png", ".svg"))
     different_files(profile=profile, trace=trace, plot=plot)
+    built = {"micro_batches": micro_batches, "chunks": chunks, "accumulate": accumulate}
+    _applicable(method, {"sync": sync, "semantics": semantics} | built)
     schedule = methods.method(
         method,
         stages,
         choice("--sync", sync, Sync),
         choice("--semantics", semantics, methods.Semantics),
         replicas=replicas,
-        micro_batches=micro_batches,
-        chunks=chunks,
-        accumulate=accumulate,
+        **built,
     )
+    schedule = fold(schedule, stages_per_device)
     given = {"forward": forward, "backward": backward, "update": update, "comm": comm}
     given |= {"recompute": recompute, "overhead": overhead, "message": message}
     given |= {"barrier": barrier}
     # These a profile does not know.
+    _no_such_operation(schedule, given | {"all_reduce": all_reduce})
     factors = {"jitter": jitter, "slowdown": slowdown, "all_reduce": all_reduce}
     chosen, varied = _parsed(given), _parsed(factors)
     contention: Contention | None = None

@@ -11,7 +11,8 @@ from itertools import combinations
 
 import numpy as np
 
-from ddg_sim.separable import TOLERANCE, Array, Cuts, Minimum
+from ddg_sim.separable import TOLERANCE, Cuts, Minimum
+from ddg_sim.times import Array
 
 Value = Callable[[tuple[int, ...]], float]
 
@@ -72,8 +73,9 @@ def descend(problem: Cuts, value_of: Value, starts: Iterable[tuple[int, ...]]) -
     tried = {start for start in starts if problem.within_limits(start)}
     best, cuts = min(_downhill(problem, value_of, start) for start in sorted(tried))
     while True:
-        if problem.excludes(best * (1 - TOLERANCE)):
-            return Minimum(cuts, best, best * (1 - TOLERANCE))
+        below = best * (1 - TOLERANCE)
+        if problem.known_bound() >= below or problem.excludes(below):
+            return Minimum(cuts, best, below)
         lower = problem.lower_bound()
         promising = [
             (level, point)
@@ -95,10 +97,10 @@ def _downhill(
     """Move one cut at a time to where the known constraints promise most, while that is better."""
     value = value_of(cuts)
     while problem.num_cuts:
-        levels = _levels_around(problem, cuts)
-        cut, position = divmod(int(levels.argmin()), problem.size)
-        if not levels[cut, position] < value * (1 - TOLERANCE):
+        levels, moves = levels_around(problem, cuts)
+        if not levels.min() < value * (1 - TOLERANCE):
             break
+        cut, position = moves[int(levels.argmin())]
         moved = (*cuts[:cut], position, *cuts[cut + 1 :])
         known = len(problem.rows)
         found = value_of(moved)
@@ -109,16 +111,18 @@ def _downhill(
     return value, cuts
 
 
-def _levels_around(problem: Cuts, cuts: tuple[int, ...]) -> Array:
-    """The level for every move of one of the cuts, shape (K-1, L+1); inf for what is no cut."""
-    chosen = problem.tables[:, np.arange(problem.num_cuts), list(cuts)]
-    moved = problem.values(cuts)[:, None, None] - chosen[:, :, None] + problem.tables
-    left = moved - problem.limit[:, None, None]
+def levels_around(problem: Cuts, cuts: tuple[int, ...]) -> tuple[Array, list[tuple[int, int]]]:
+    """The level for every move of one of the cuts, and the moves: which cut, to which position."""
+    bounds = [0, *cuts, problem.size - 1]
+    moves = [
+        (cut, position)
+        for cut in range(problem.num_cuts)
+        for position in range(bounds[cut] + 1, bounds[cut + 2])
+    ]
+    which, where = np.array(moves, dtype=np.intp).T
+    moved = problem.tables[:, which, where] - problem.tables[:, which, np.array(cuts)[which]]
+    left = moved + (problem.values(cuts) - problem.limit)[:, None]
     rated = problem.rate > 0
-    levels = np.asarray((left[rated] / problem.rate[rated, None, None]).max(axis=0))
-    over = (left > problem.rounding[:, None, None])[~rated].any(axis=0)
-    position = np.arange(problem.size)
-    after = position > np.array([0, *cuts[:-1]])[:, None]
-    before = position < np.array([*cuts[1:], problem.size - 1])[:, None]
-    levels[over | ~(after & before)] = np.inf
-    return levels
+    levels = np.asarray((left[rated] / problem.rate[rated, None]).max(axis=0))
+    levels[(left > problem.rounding[:, None])[~rated].any(axis=0)] = np.inf
+    return levels, moves

@@ -23,6 +23,7 @@ import joblib
 from ddg_sim import methods
 from ddg_sim.cluster import Cluster, ClusterError
 from ddg_sim.dependencies import validate
+from ddg_sim.folding import fold
 from ddg_sim.layers import LayerGraph
 from ddg_sim.placement import TooFewDevicesError, place
 from ddg_sim.point import Outcome, Setting, outcomes
@@ -111,6 +112,7 @@ def plan(
     micro_batches: Sequence[int] | None = None,
     replicas: Sequence[int] = (1,),
     syncs: Sequence[Sync] | None = None,
+    stages_per_device: Sequence[int] = (1,),
     cluster: Cluster | None = None,
     optimizer: str = "sgd",
     profile_batch_size: int | None = None,
@@ -123,41 +125,44 @@ def plan(
 ) -> Plan:
     """Predict every combination, and rank them.
 
-    The sweep runs through joblib: inside ``joblib.parallel_config(backend="dask")`` (or "ray") a
-    cluster's workers do it. The result does not depend on who does.
+        The sweep runs through joblib: inside ``joblib.parallel_config(backend="dask")`` (or "ray") a
+        cluster's workers do it. The result does not depend on who does.
 
-    Args:
-        graph: layers as measured.
-        names: of methods, see `methods.METHODS`. "dp" takes stages x replicas devices as replicas.
-        stages: numbers of stages.
-        batch_sizes: samples per update over all replicas; None is the profile's batch.
-        micro_batches: per update, of the methods that split it; the others do 1 only. None: what
-            each method takes by itself.
-        replicas: data-parallel copies.
-        syncs: synchronisations; None is each method's own.
-        cluster: the devices, in their order; None is any number of equal ones with free links.
-        optimizer: one of `OPTIMIZERS`.
-        profile_batch_size: samples of the batch that ``graph`` was measured with, if known.
-        jitter: factor on every operation, drawn anew for each.
-        precision: of the periods where times vary: half their 95 % interval, as a fraction.
-        seed: of the draws; all points meet the same luck.
-        exact: whether to look for the best cuts as long as it takes, see `partition`.
-        jobs: processes; None leaves it to joblib's configuration (one, without any).
-        progress: called with the points done and all points.
+        Args:
+            graph: layers as measured.
+            names: of methods, see `methods.METHODS`. "dp" takes stages x replicas devices as replicas.
+            stages: numbers of stages.
+            batch_sizes: samples per update over all replicas; None is the profile's batch.
+            micro_batches: per update, of the methods that split it; the others do 1 only. None: what
+                each method takes by itself.
+            replicas: data-parallel copies.
+            syncs: synchronisations; None is each method's own.
+            stages_per_device: how many consecutive workers of a schedule share a device, see `fold`;
+                a worker holds one stage, but for the methods that put several on one.
+            cluster: the devices, in their order; None is any number of equal ones with free links.
+            optimizer: one of `OPTIMIZERS`.
+            profile_batch_size: samples of the batch that ``graph`` was measured with, if known.
+            jitter: factor on every operation, drawn anew for each.
+            precision: of the periods where times vary: half their 95 % interval, as a fraction.
+            seed: of the draws; all points meet the same luck.
+            exact: whether to look for the best cuts as long as it takes, see `partition`.
+            jobs: processes; None leaves it to joblib's configuration (one, without any).
+            progress: called with the points done and all points.
 
-    Raises:
-        EmptyPlanError: if no point is possible; says why.
-        ValueError: naming an argument that is wrong.
+        Raises:
+            EmptyPlanError: if no point is possible; says why.
+            ValueError: naming an argument that is wrong.
 
-    >>> from ddg_sim.layers import Layer
-    >>> layers = tuple(Layer(f"layer{n}", 0.01, 0.02) for n in range(8))
-    >>> chain = LayerGraph(layers, tuple((n, n + 1) for n in range(7)))
-    >>> for row in plan(chain, ["bp", "ddg"], [2, 4, 16]).rows:
-    ...     print(row.schedule.method, row.devices, f"{row.period.value:g} {row.over_bp.value:g}")
-    ddg 4 0.06 4
-    ddg 2 0.12 2
-    bp 2 0.24 1
-    bp 4 0.24 1
+        >>> from ddg_sim.folding import fold
+    from ddg_sim.layers import Layer
+        >>> layers = tuple(Layer(f"layer{n}", 0.01, 0.02) for n in range(8))
+        >>> chain = LayerGraph(layers, tuple((n, n + 1) for n in range(7)))
+        >>> for row in plan(chain, ["bp", "ddg"], [2, 4, 16]).rows:
+        ...     print(row.schedule.method, row.devices, f"{row.period.value:g} {row.over_bp.value:g}")
+        ddg 4 0.06 4
+        ddg 2 0.12 2
+        bp 2 0.24 1
+        bp 4 0.24 1
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
@@ -168,10 +173,13 @@ def plan(
         ("stages", stages := tuple(stages)),
         ("micro_batches", micro_batches or ()),
         ("replicas", replicas),
+        ("stages_per_device", stages_per_device),
         ("profile_batch_size", [profile_batch_size] if profile_batch_size is not None else ()),
     ):
         if wrong := [value for value in values if value < 1]:
             raise ValueError(f"{name} holds {wrong[0]}: give numbers of at least 1")
+    if isinstance(jitter, int | float) and jitter != 1:
+        raise ValueError(f"jitter {jitter} does not vary: give a distribution, or scale the layers")
     for name in names:
         if name not in methods.METHODS:
             known = ", ".join(methods.METHODS)
@@ -183,11 +191,16 @@ def plan(
 
     points: dict[Schedule, list[_Batch]] = {}
     skipped: Counter[str] = Counter()
-    for name, sync, count, micro, copies in product(
-        dict.fromkeys(names), syncs or (None,), stages, micro_batches or (None,), replicas
+    for name, sync, count, micro, copies, share in product(
+        dict.fromkeys(names),
+        syncs or (None,),
+        stages,
+        micro_batches or (None,),
+        replicas,
+        dict.fromkeys(stages_per_device),
     ):
         try:
-            schedule = _schedule(name, sync, count, micro, copies)
+            schedule = _folded(_schedule(name, sync, count, micro, copies), share)
             _check(schedule, setting)
         except ValueError as error:
             skipped[str(error)] += len(batches)
@@ -259,9 +272,12 @@ def _schedule(
 ) -> Schedule:
     if name == "dp":
         stages, copies = 1, stages * copies
-    splits = "micro_batches" in signature(methods.METHODS[name]).parameters
+    known = signature(methods.METHODS[name]).parameters
+    splits = "micro_batches" in known
     if micro == 1 and not splits:
         micro = None
+    if sync not in (None, Sync.NONE) and "sync" not in known:
+        raise ValueError(f"{name} knows no synchronisation but none")
     if micro is not None and not splits:
         raise ValueError(f"{name} does not split a batch: it takes 1 micro-batch")
     options: dict[str, Any] = {} if micro is None else {"micro_batches": micro}
@@ -269,6 +285,12 @@ def _schedule(
         return methods.method(name, stages, sync, replicas=copies, **options)
     except ValueError as error:  # without the value, the same for many points
         raise ValueError(f"{name}: {re.sub(r', got -?[0-9]+$', '', str(error))}") from None
+
+
+def _folded(schedule: Schedule, share: int) -> Schedule:
+    if share > len(schedule.workers):
+        raise ValueError("fewer stages than were to share a device")
+    return fold(schedule, share)
 
 
 def _check(schedule: Schedule, setting: Setting) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 
+from ddg_sim.batches import Cut, partitions
 from ddg_sim.cluster import Cluster
+from ddg_sim.cutcosts import CutCosts
 from ddg_sim.cycletime import CycleTime
 from ddg_sim.layers import LayerGraph
-from ddg_sim.partition import DoesNotFitError, Partition, memory_at, partition
+from ddg_sim.partition import Partition
 from ddg_sim.placement import Placement, place
 from ddg_sim.replicate import replicate
 from ddg_sim.schedule import Schedule
@@ -89,12 +90,27 @@ def outcomes(setting: Setting, schedule: Schedule, factors: Sequence[float]) -> 
     schedule = replace(schedule, queue=placement.queue)
     operations = schedule.samples_per_iteration * schedule.replicas
     scales = [factor / operations for factor in factors]
+    costs = CutCosts(
+        setting.graph,
+        schedule,
+        speeds=placement.speeds,
+        latency=placement.latency,
+        bandwidth=placement.bandwidth,
+        capacities=placement.capacities,
+        optimizer_state=setting.optimizer_state,
+        all_reduce_latency=placement.all_reduce_latency,
+        all_reduce_rate=placement.all_reduce_rate,
+        overhead=placement.overhead,
+        message=placement.message,
+        network=replace(placement.network, buses=()),  # best as long as no bus is shared
+    )
     if not _proportional(placement):
-        return [_outcome(setting, placement, schedule, scale) for scale in scales]
+        found = partitions(costs, scales, quick=not setting.exact)
+        return [_outcome(setting, placement, schedule, found[scale]) for scale in scales]
     # All seconds are proportional to the batch: the best cuts are the same, and so is the cycle.
-    unit = _partition(setting, placement, schedule, 1.0, placement.capacities)
+    unit = partitions(costs, [1.0], quick=not setting.exact)[1.0].partition
     values = _periods(setting, placement, schedule, unit)
-    kept = memory_at(_scaled(setting.graph, 0.0), schedule, unit.cuts, setting.optimizer_state)
+    kept = costs.at(0.0).memory(unit.cuts)
     return [
         Outcome(
             unit.cuts,
@@ -117,13 +133,8 @@ def _proportional(placement: Placement) -> bool:
     return unlimited and not any(fixed) and not any(host)
 
 
-def _outcome(setting: Setting, placement: Placement, schedule: Schedule, scale: float) -> Outcome:
-    missing = None
-    try:
-        found = _partition(setting, placement, schedule, scale, placement.capacities)
-    except DoesNotFitError as error:
-        missing = str(error)
-        found = _partition(setting, placement, schedule, scale, (math.inf,))
+def _outcome(setting: Setting, placement: Placement, schedule: Schedule, cut: Cut) -> Outcome:
+    found = cut.partition
     values = _periods(setting, placement, schedule, found)
     bound_by = found.cycle.explain()
     if placement.network.buses:
@@ -134,54 +145,16 @@ def _outcome(setting: Setting, placement: Placement, schedule: Schedule, scale: 
         values,
         found.lower_bound,
         found.memory,
-        missing,
+        cut.missing,
         _short(found.cycle),
         bound_by,
     )
 
 
-def _partition(
-    setting: Setting,
-    placement: Placement,
-    schedule: Schedule,
-    scale: float,
-    capacities: tuple[float, ...],
-) -> Partition:
-    """The best cuts, as long as no bus is shared."""
-    return partition(
-        _scaled(setting.graph, scale),
-        schedule,
-        speeds=placement.speeds,
-        latency=placement.latency,
-        bandwidth=placement.bandwidth,
-        capacities=capacities if len(capacities) > 1 else capacities[0],
-        optimizer_state=setting.optimizer_state,
-        all_reduce_latency=placement.all_reduce_latency,
-        all_reduce_rate=placement.all_reduce_rate,
-        overhead=placement.overhead,
-        message=placement.message,
-        network=replace(placement.network, buses=()),
-        quick=not setting.exact,
-    )
-
-
-@lru_cache(maxsize=128)
-def _scaled(graph: LayerGraph, scale: float) -> LayerGraph:
-    """The network on ``scale`` times as many samples: parameters stay."""
-    layers = tuple(
-        replace(
-            layer,
-            forward=layer.forward * scale,
-            backward=layer.backward * scale,
-            output_bytes=round(layer.output_bytes * scale),
-        )
-        for layer in graph.layers
-    )
-    return LayerGraph(layers, graph.edges)
-
-
 def _periods(setting: Setting, placement: Placement, schedule: Schedule, found: Partition) -> Array:
     """Seconds per iteration, of many runs where times vary."""
+    if setting.jitter == 1 and not placement.network.buses:
+        return np.array([found.period])
     costs = replace(
         found.costs, jitter=(setting.jitter,) * schedule.num_stages, network=placement.network
     )
@@ -189,8 +162,6 @@ def _periods(setting: Setting, placement: Placement, schedule: Schedule, found: 
         length = STEADY + 2 * schedule.num_ticks(0)
         case = {"": (schedule, costs)}
         return replicate(case, length, setting.precision, seed=setting.seed)[""]
-    if not placement.network.buses:
-        return np.array([found.period])
     try:
         return np.array([steady_period(schedule, costs, LONGEST)])
     except SteadyStateError:

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linprog
 
-Array = npt.NDArray[np.float64]
+from ddg_sim.labels import LabelSearch, TooManyLabelsError, least_before
+from ddg_sim.times import Array
 
 #: Values that agree to this relative difference count as equal.
 TOLERANCE = 1e-9
@@ -26,29 +27,24 @@ TOLERANCE = 1e-9
 ROUNDS = 50
 #: Once value and bound are as close as this, ask outright whether anything is better.
 NEAR = 1e-3
-#: Pairs of partial choices that one search may compare: a few seconds.
-MOST_PAIRS = 20_000_000
 #: Once they are as close as this, no partial choices count as one that differ at all.
 FINE = 1e-5
 #: First solved with cuts at multiples of these positions only.
 STRIDES = (32, 8)
 
 
-class TooManyLabelsError(Exception):
-    """More undominated partial choices than `MOST_PAIRS` allows for: it would take too long."""
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A constraint: ``const + Σ_k coefficients[k] · basis[k, :, c_k] <= rate * level + limit``.
+    """``const + whole · totals + Σ_k coefficients[k] · basis[k, :, c_k] <= rate * level + limit``.
 
-    ``coefficients`` has shape (K-1, number of basis functions).
+    ``coefficients`` has shape (K-1, number of basis functions), ``whole`` one of each.
     """
 
     coefficients: Array
     const: float
     rate: float
     limit: float = 0.0
+    whole: Array = field(default_factory=lambda: np.zeros(1))
 
 
 class Cuts:
@@ -56,6 +52,10 @@ class Cuts:
 
     Args:
         basis: shape (K-1, basis functions, L+1): their values per cut and position.
+        totals: shape (basis functions,): their values for the whole network.
+        rows: the first constraints.
+        points: `relaxed` of a similar problem, for a start.
+        weights: `weights` of similar problems with the same first constraints, likewise.
 
     >>> problem = Cuts(np.arange(5.0)[None, None, :])  # one cut of four layers, one second each
     >>> problem.add(Row(np.array([[1.0]]), const=0.0, rate=1.0))  # the first stage's seconds
@@ -64,8 +64,15 @@ class Cuts:
     (True, (2,), (1,))
     """
 
-    def __init__(self, basis: Array) -> None:
-        self.basis = basis
+    def __init__(
+        self,
+        basis: Array,
+        totals: Array | float = 0.0,
+        rows: Sequence[Row] = (),
+        points: Iterable[tuple[int, ...]] = (),
+        weights: Sequence[Array] = (),
+    ) -> None:
+        self.basis, self.totals = basis, np.broadcast_to(totals, basis.shape[1:2])
         self.num_cuts, _, self.size = basis.shape
         position = np.arange(self.size)
         first = np.arange(1, self.num_cuts + 1)[:, None]
@@ -75,8 +82,11 @@ class Cuts:
         self.tables = np.zeros((0, self.num_cuts, self.size))
         self.const, self.rate, self.limit = np.zeros(0), np.zeros(0), np.zeros(0)
         self.rounding = np.zeros(0)
-        self._points: list[tuple[int, ...]] = []
+        self._points = list(points)
+        self._known = list(weights)
         self._weights = np.zeros((0, 0))
+        if rows:
+            self._extend(rows)
 
     @property
     def possible(self) -> npt.NDArray[np.bool_]:
@@ -85,13 +95,20 @@ class Cuts:
 
     def add(self, row: Row) -> None:
         """Add a constraint."""
-        table = np.einsum("kn,knc->kc", row.coefficients, self.basis)
-        size = abs(row.const) + abs(row.limit) + np.abs(table).max(axis=1, initial=0.0).sum()
-        self.rows.append(row)
-        self.tables = np.concatenate([self.tables, table[None]])
-        self.const = np.append(self.const, row.const)
-        self.rate = np.append(self.rate, row.rate)
-        self.limit = np.append(self.limit, row.limit)
+        self._extend([row])
+
+    def _extend(self, rows: Sequence[Row]) -> None:
+        coefficients = np.array([row.coefficients for row in rows])  # (rows, cuts, functions)
+        tables = np.matmul(coefficients.swapaxes(0, 1), self.basis).swapaxes(0, 1)
+        const = np.array([row.const + float((row.whole * self.totals).sum()) for row in rows])
+        limit = np.array([row.limit for row in rows])
+        size = np.abs(const) + np.abs(limit)
+        size += np.abs(tables).max(axis=2, initial=0.0).sum(axis=1)
+        self.rows.extend(rows)
+        self.tables = np.concatenate([self.tables, tables])
+        self.const = np.append(self.const, const)
+        self.rate = np.append(self.rate, [row.rate for row in rows])
+        self.limit = np.append(self.limit, limit)
         self.rounding = np.append(self.rounding, 1e-12 * size)
 
     def values(self, cuts: tuple[int, ...]) -> Array:
@@ -119,6 +136,21 @@ class Cuts:
         """Cuts that `lower_bound` came across, within limits or not."""
         return list(self._points)
 
+    @property
+    def weights(self) -> list[Array]:
+        """Those of the constraints that gave lower bounds, each of shape (constraints,)."""
+        return [*self._known, *self._weights[:1]]
+
+    def known_bound(self) -> float:
+        """A lower bound as `lower_bound` gives it, but only with the `weights` that are known."""
+        return max(map(self._bound, self.weights), default=-math.inf)
+
+    def _bound(self, weights: Array) -> float:
+        count = len(weights)
+        table = np.tensordot(weights, self.tables[:count], 1)
+        left = float(weights @ (self.const - self.limit)[:count])
+        return (_least_cuts(table, self.possible)[1] + left) / float(weights @ self.rate[:count])
+
     def lower_bound(self) -> float:
         """A level below which no cuts keep all constraints that have a rate.
 
@@ -130,6 +162,10 @@ class Cuts:
         tables = self.tables[rated] / self.rate[rated, None, None]
         const = (self.const - self.limit)[rated] / self.rate[rated]
         weights = np.full(len(rated), 1 / len(rated))
+        if self.weights:
+            known = max(self.weights, key=self._bound)
+            weights = np.pad(known, (0, len(self.rows) - len(known)))[rated] * self.rate[rated]
+            weights /= weights.sum()
         best, best_weights = -math.inf, weights
         for _ in range(ROUNDS):
             cuts, least = _least_cuts(np.tensordot(weights, tables, 1), self.possible)
@@ -183,7 +219,7 @@ class Cuts:
         if not len(own):  # every choice will do
             return _walk_freely(allowed)
         keys = np.array([self.rows[row].coefficients for row in own]) + 0.0
-        search = _Search(tables[binding], slack[binding], keys, allowed)
+        search = LabelSearch(tables[binding], slack[binding], keys, allowed)
         return search.earliest(coarseness * self.rate[own], self.rounding[own])
 
 
@@ -193,8 +229,8 @@ def _propagate(
     """Positions that each constraint on its own leaves possible; None if a cut has none."""
     while True:
         masked = np.where(allowed, tables, np.inf)
-        before = _least_before(masked)[:, :-1]
-        after = _least_before(masked[:, ::-1, ::-1])[:, :-1][:, ::-1, ::-1]
+        before = least_before(masked)[:, :-1]
+        after = least_before(masked[:, ::-1, ::-1])[:, :-1][:, ::-1, ::-1]
         keeps = allowed & (before + masked + after <= slack[:, None, None]).all(axis=0)
         if not keeps.any(axis=1).all():
             return None
@@ -206,7 +242,7 @@ def _propagate(
 def _least_cuts(table: Array, possible: npt.NDArray[np.bool_]) -> tuple[tuple[int, ...], float]:
     """Cuts with the least sum of a table's entries, and that sum."""
     masked = np.where(possible, table, np.inf)
-    least = _least_before(masked[None])[0]
+    least = least_before(masked[None])[0]
     cuts: list[int] = []
     end = table.shape[1]
     for cut in reversed(range(len(table))):
@@ -215,142 +251,11 @@ def _least_cuts(table: Array, possible: npt.NDArray[np.bool_]) -> tuple[tuple[in
     return tuple(cuts), float(least[-1, -1])
 
 
-def _least_before(tables: Array) -> Array:
-    """Per row, number of cuts k and position c: the least sum of k increasing cuts before c."""
-    rows, cuts, size = tables.shape
-    least = np.full((rows, cuts + 1, size), np.inf)
-    least[:, 0] = 0.0
-    for cut in range(cuts):
-        reached = np.minimum.accumulate(least[:, cut] + tables[:, cut], axis=1)
-        least[:, cut + 1, 1:] = reached[:, :-1]
-    return least
-
-
 def _walk_freely(allowed: npt.NDArray[np.bool_]) -> tuple[int, ...]:
     cuts: list[int] = []
     for positions in allowed:
         cuts.append(next(int(c) for c in np.flatnonzero(positions) if not cuts or c > cuts[-1]))
     return tuple(cuts)
-
-
-class _Search:
-    """One run of the dynamic program, over the constraints that can bind at all.
-
-    A label of (cut k, position c) is a choice of the cuts from k on, with c_k = c. It holds, per
-    group of constraints that agree on the cuts before k, the largest sum of any of them minus its
-    bound: those before k add the same to all of a group, so the others cannot bind first. What
-    cannot bind any more, whatever the cuts before k, is -inf: labels must not differ in it.
-
-    Args:
-        tables: constraints, cuts, positions.
-        slack: bounds.
-        keys: of the first constraints, what tells their tables apart, per cut. The other
-            constraints follow from these: they prune labels, but need not be compared.
-        allowed: cuts, positions.
-    """
-
-    def __init__(
-        self,
-        tables: Array,
-        slack: Array,
-        keys: Array,
-        allowed: npt.NDArray[np.bool_],
-    ) -> None:
-        self.tables, self.start, self.keys, self.allowed = tables, -slack, keys, allowed
-        self.least = _least_before(np.where(allowed, tables, np.inf))
-        self.most = -_least_before(np.where(allowed, -tables, np.inf))
-        self.pairs = 0
-
-    def earliest(self, coarse: Array, rounding: Array) -> tuple[int, ...] | None:
-        labels: list[dict[int, Array]] = []
-        _, cuts, size = self.tables.shape
-        groups = self._groups(cuts)
-        values = np.full(groups.max() + 1, -np.inf)
-        np.maximum.at(values, groups, self.start)
-        after = {size: values[None]}
-        for cut in reversed(range(cuts)):
-            after, groups = self._extend(cut, after, groups, coarse)
-            if not after:
-                return None
-            labels.append(after)
-        return self._walk(labels[::-1], rounding)
-
-    def _groups(self, cut: int) -> npt.NDArray[np.intp]:
-        """Per constraint the number of its group: those that agree on the cuts before this one."""
-        numbers: dict[bytes, int] = {}
-        found = [numbers.setdefault(key[:cut].tobytes(), len(numbers)) for key in self.keys]
-        implied = len(self.tables) - len(found)
-        return np.array([*found, *range(len(numbers), len(numbers) + implied)])
-
-    def _extend(
-        self, cut: int, after: dict[int, Array], finer: npt.NDArray[np.intp], coarse: Array
-    ) -> tuple[dict[int, Array], npt.NDArray[np.intp]]:
-        """Labels of this cut from those of the next one."""
-        groups = self._groups(cut)
-        member = np.unique(finer, return_index=True)[1]  # a constraint of each finer group
-        representative = np.unique(groups, return_index=True)[1]
-        order = np.argsort(groups[member], kind="stable")
-        starts = np.searchsorted(groups[member][order], np.arange(len(representative)))
-        shifts = self.tables[member, cut]  # (finer groups, positions)
-        least, most = self.least[representative, cut], self.most[representative, cut]
-        found: dict[int, Array] = {}
-        front = np.zeros((0, len(member)))
-        compared = len(member) - (len(self.tables) - len(self.keys))
-        near = np.full(compared, np.inf)
-        np.minimum.at(near, finer[: len(coarse)], coarse)
-        waiting = sorted(after)  # positions of the next cut, the largest last
-        for position in np.flatnonzero(self.allowed[cut])[::-1]:
-            while waiting and waiting[-1] > position:
-                labels = after[waiting.pop()]
-                self.pairs += len(labels) * (len(front) + len(labels))
-                if self.pairs > MOST_PAIRS:
-                    raise TooManyLabelsError
-                front = _undominated(front, labels, near)
-            merged = np.maximum.reduceat((front + shifts[:, position])[:, order], starts, axis=1)
-            tightness = (merged + least[:, position]).max(axis=1)
-            kept = merged[tightness <= 0]
-            if len(kept):
-                kept[kept + most[:, position] <= 0] = -np.inf
-                found[int(position)] = kept
-        return found, groups
-
-    def _walk(self, labels: list[dict[int, Array]], rounding: Array) -> tuple[int, ...]:
-        """From the first cut on, the earliest position that some label completes."""
-        cuts: list[int] = []
-        count = len(self.keys)
-        so_far = np.zeros(count)
-        for cut, at in enumerate(labels):
-            groups, members = np.unique(self._groups(cut)[:count], return_index=True)
-            spent = so_far[members] - rounding[members]
-            position = next(
-                position
-                for position in sorted(at)
-                if (not cuts or position > cuts[-1])
-                and (at[position][:, groups] + spent <= 0).all(axis=1).any()
-            )
-            cuts.append(position)
-            so_far = so_far + self.tables[:count, cut, position]
-        return tuple(cuts)
-
-
-def _undominated(front: Array, labels: Array, near: Array) -> Array:
-    """The labels, old and new, that no other is at most equal to in all compared columns.
-
-    A new one must be better than any old one by more than ``near`` somewhere; an old one leaves
-    only for one that is no worse, so that differences do not add up.
-    """
-    compared = len(near)
-
-    def dominates(some: Array, others: Array) -> npt.NDArray[np.bool_]:
-        return np.asarray((some[:, None, :compared] <= others[None, :, :compared]).all(axis=2))
-
-    loosened = labels.copy()
-    loosened[:, :compared] += near
-    labels = labels[~dominates(front, loosened).any(axis=0)]
-    among = dominates(labels, labels)
-    among &= ~among.T | np.tri(len(labels), k=-1, dtype=bool).T  # of equal ones the first stays
-    labels = labels[~among.any(axis=0)]
-    return np.concatenate([front[~dominates(labels, front).any(axis=0)], labels])
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +273,10 @@ class Minimum:
 
 
 def minimise(
-    problem: Cuts, value_of: Callable[[tuple[int, ...]], float], start: tuple[int, ...]
+    problem: Cuts,
+    value_of: Callable[[tuple[int, ...]], float],
+    start: tuple[int, ...],
+    enough: float = TOLERANCE,
 ) -> Minimum:
     """Minimise a value of which the problem's constraints know lower bounds.
 
@@ -380,6 +288,7 @@ def minimise(
         value_of: the value of some cuts; if it is above the level that the problem's constraints
             allow, it adds a constraint that says so.
         start: any cuts that are within limits.
+        enough: relative gap to the lower bound with which to be content.
 
     Returns:
         The least value and, of cuts that attain it, the lexicographically first. Where that would
@@ -391,7 +300,9 @@ def minimise(
             problem.stride = stride
             cuts, best, _ = _descend(problem, value_of, cuts, best, NEAR)
     problem.stride = 1
-    cuts, best, lower = _descend(problem, value_of, cuts, best, TOLERANCE)
+    cuts, best, lower = _descend(problem, value_of, cuts, best, enough)
+    if enough > TOLERANCE:
+        return Minimum(cuts, best, min(lower, best))
     with contextlib.suppress(TooManyLabelsError):
         known = -1
         while len(problem.rows) > known:  # of equally good cuts, the first

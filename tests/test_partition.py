@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import schedules
 
-from ddg_sim import separable
+from ddg_sim import labels, separable
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import cycle_time
 from ddg_sim.layers import Layer, LayerGraph
@@ -305,7 +305,7 @@ def test_where_it_gives_up_it_says_how_far_from_optimal_it_may_be(monkeypatch):
     monkeypatch.setattr("ddg_sim.partition.descend", start)
     best = partition(graph, ddg(4, Sync.BARRIER), **arguments)
     assert best.exact
-    monkeypatch.setattr(separable, "MOST_PAIRS", 50)
+    monkeypatch.setattr(labels, "MOST_PAIRS", 50)
     rough = partition(graph, ddg(4, Sync.BARRIER), **arguments)
     assert not rough.exact
     assert rough.lower_bound < best.period < rough.period
