@@ -45,7 +45,7 @@ def _options(
 
 app.command("simulate")(simulate.simulate)
 app.command("plan")(plan.plan)
-app.command("verify")(verify.verify)
+app.add_typer(verify.app, name="verify")
 app.command("profile")(training.profile)
 app.command("train")(training.train)
 app.command("validate")(training.validate)

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from ddg_cli.output import print_json, print_line, print_table
 
 
+class StatementFirst(TyperGroup):
+    """`ddg verify STATEMENT ...` is the command; what is no subcommand's name goes to it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command's own name before words that name no subcommand, `--help` included."""
+        if not args or args[0] not in self.commands:
+            args = ["statement", *args]
+        return super().parse_args(ctx, args)
+
+
+class Statement(TyperCommand):
+    """The group's own command: its help lists the others."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, then the group's commands."""
+        super().format_options(ctx, formatter)
+        ctx.parent.command.format_commands(ctx.parent, formatter)
+
+
+app = typer.Typer(cls=StatementFirst, rich_markup_mode=None)
+
+
+@app.callback()
+def _group() -> None:
+    """Check a convergence statement, its rate, or all of them."""
+
+
+@app.command("statement", cls=Statement, hidden=True)
 def verify(
     statement: Annotated[
         str | None,

@@ -123,23 +123,44 @@ class RidgeSum:
                 total += len(scaled) * float(np.linalg.eigvalsh(scaled @ scaled.T)[-1])
         return self.link.sup_slope**2 * total / self.num_samples
 
+    @cached_property
+    def variance(self) -> float:
+        """min(M, sup|rho'|^2 * min(sum_ef |Q_ef|, E lambda_max(Q))), Q = (A A^T) * Cov(c).
+
+        Derived here: grad f_i - grad f = A^T (C_i - Cbar) s, whose mean square is s^T Q s with
+        Q_ef = (a_e . a_f) Cov_i(c_ie, c_if) and |s_e| <= sup|rho'|; and a variance is at most the
+        second moment. Attained if signs sigma_e sigma_f Q_ef >= 0 exist and the rows are
+        independent, for instance by two samples with one term each.
+        """
+        spread = self.coefficients - self._mean_coefficients
+        q = (self.rows @ self.rows.T) * (spread.T @ spread) / self.num_samples
+        largest = min(np.abs(q).sum(), len(q) * max(0.0, np.linalg.eigvalsh(q)[-1]))
+        return min(self.M, self.link.sup_slope**2 * float(largest))
+
     def value(self, w: FloatArray) -> FloatArray:
         """Return f(w), shape (P,), for w of shape (P, dim)."""
-        result: FloatArray = self.link.value(self._residuals(w)) @ self._mean_coefficients
+        result: FloatArray = self._mean_coefficients @ self.link.value(self._residuals(w))
         return result
 
     def gradients(self, w: FloatArray, sample: IntArray) -> FloatArray:
         """Return row p = grad f_{sample[p]}(w[p]), shape (P, dim)."""
-        slopes = self.link.slope(self._residuals(w))
-        result: FloatArray = (slopes * self.coefficients[sample]) @ self.rows
-        return result
+        weighted = self.link.slope(self._residuals(w))
+        weighted *= self._by_term.take(sample, axis=1)
+        result: FloatArray = self.rows.T @ weighted
+        return result.T
 
     def full_gradient(self, w: FloatArray) -> FloatArray:
         """Return grad f, shape (P, dim)."""
         slopes = self.link.slope(self._residuals(w))
-        result: FloatArray = (slopes * self._mean_coefficients) @ self.rows
-        return result
+        result: FloatArray = (self.rows.T * self._mean_coefficients) @ slopes
+        return result.T
 
     def _residuals(self, w: FloatArray) -> FloatArray:
-        result: FloatArray = w @ self.rows.T - self.offsets
+        """Return a_e . w - b_e, shape (E, P): a term's numbers for all paths lie together."""
+        result: FloatArray = self.rows @ w.T
+        result -= self.offsets[:, None]
         return result
+
+    @cached_property
+    def _by_term(self) -> FloatArray:
+        return np.ascontiguousarray(self.coefficients.T)

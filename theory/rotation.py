@@ -73,6 +73,11 @@ class RotationChain:
         """
         return len(self.start) * (self._residual_bound * self._radius) ** 2
 
+    @property
+    def variance(self) -> float:
+        """M, the second moment; 0 for a single sample."""
+        return self.M if self.num_samples > 1 else 0.0
+
     @cached_property
     def L(self) -> float:
         """K r^2 + B q_K, with q_0 = 0 and q_k = s r^2 k + lambda_max[[r, p], [p, q]]_{k-1}.
