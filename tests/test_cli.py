@@ -255,7 +255,7 @@ VERIFY_KEYS = {
     "hypotheses",
     "measured",
     "bound",
-    "ratio",
+    "tightness",
     "verdict",
     "nonvacuous",
     "paths",
@@ -269,7 +269,7 @@ def test_lemma_1_is_violated(ddg: Ddg):
     assert (found["statement"], found["verdict"], found["paths"]) == ("lemma1", "VIOLATED", 256)
     assert found["status"] == "refuted as stated"
     assert found["measured"] > found["bound"]
-    assert found["ratio"] is None
+    assert found["tightness"] is None
     assert found["nonvacuous"]
     assert len(found["hypotheses"]) == 5
     table = ddg(words).out
@@ -284,7 +284,7 @@ def test_lemma_1_is_violated(ddg: Ddg):
         ("theorem-a --problem geman-mcclure --stages 3 --gamma 0.1", "VERIFIED", False),
         ("theorem1 --problem kuramoto --stages 2 --gamma 0.01", "VERIFIED", False),
         ("theorem2 --problem rotation-chain --stages 2 --gamma 0.01", "VERIFIED", False),
-        ("theorem1 --problem kuramoto --stages 2 --gamma 2", "INCONCLUSIVE", False),
+        ("theorem1 --problem kuramoto --stages 2 --gamma 2", "NOT APPLICABLE", False),
         ("theorem1 --problem kuramoto --stages 1 --gamma 0.1", "VERIFIED", False),
     ],
 )
@@ -293,14 +293,14 @@ def test_verdicts(ddg: Ddg, words: str, verdict: str, nonvacuous: bool):
     assert (found["verdict"], found["paths"]) == (verdict, 64)
     if verdict == "VERIFIED":
         assert found["measured"] <= found["bound"]
-        assert found["ratio"] == found["measured"] / found["bound"]
-    assert bool(found["hypotheses_failing"]) == (verdict == "INCONCLUSIVE")
+        assert found["tightness"] == found["measured"] / found["bound"]
+    assert bool(found["hypotheses_failing"]) == (verdict == "NOT APPLICABLE")
     assert verdict in ddg(f"verify {words} --iterations 6").out
 
 
 def test_the_list_of_statements(ddg: Ddg):
     found = ddg("verify --list --json").json["statements"]
-    assert [item["key"] for item in found] == ["lemma1", "theorem1", "theorem2", "theorem-a"]
+    assert {"lemma1", "theorem1", "theorem2", "theorem-a"} <= {item["key"] for item in found}
     table = ddg("verify --list").out
     assert all(item["key"] in table and item["status"] in table for item in found)
     assert "…" not in table

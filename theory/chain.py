@@ -21,6 +21,15 @@ class Bounds(NamedTuple):
     bend: float  # ||D^2 h_K[v, v]|| for ||v|| = 1
 
 
+class Replay(NamedTuple):
+    """How a layer's backward pass from the same h_in depends on its weight, for ||delta|| = 1."""
+
+    carry: float  # ||d loss/d h_in||
+    slope: float  # |d loss/d w|
+    carry_turn: float  # Lipschitz constant of the former in w
+    slope_turn: float  # and of the latter
+
+
 class Layer(Protocol):
     """One stage h_out = T(w, h_in) in the plane, with cos w and sin w of shape (P,)."""
 
@@ -42,6 +51,9 @@ class Layer(Protocol):
 
     def bounds(self, radius: float, stages: int) -> Bounds:
         """Return the bounds for inputs with ||h_0|| <= ``radius``."""
+
+    def replay(self, radius: float) -> Replay:
+        """Return the bounds of the backward pass, h_out computed again or not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +129,35 @@ class Chain:
     def variance(self) -> float:
         """M, the second moment; 0 for a single sample."""
         return self.M if self.num_samples > 1 else 0.0
+
+    @cached_property
+    def _replay(self) -> tuple[Replay, FloatArray]:
+        """The layer's bounds, and B carry^(K-k), which bounds ||delta|| behind stage k."""
+        radius = float(np.linalg.norm(self.h_0, axis=1).max())
+        replay = self.layer.replay(radius)
+        behind = np.arange(len(self.start) - 1, -1, -1)
+        delta: FloatArray = self._residual_bound * replay.carry ** behind.astype(np.float64)
+        return replay, delta
+
+    @property
+    def replay_M(self) -> float:
+        """Bound on ||u||^2, u made of stages' gradients at any weights: sum of squared slopes."""
+        replay, delta = self._replay
+        return float(np.sum((replay.slope * delta) ** 2))
+
+    @property
+    def replay_L(self) -> float:
+        """The L' with ||u - grad f_i(w)|| <= L' ||Delta w||, backward passes at w + Delta w.
+
+        Forward passes are at w: what a stage received does not change. Derived here: the change of
+        block k is at most sum_j A_kj |Delta w_j|, A_kk its own turn and A_kj for j > k that of the
+        delta which stage j sends; L' = ||A||. Not attained in general.
+        """
+        replay, delta = self._replay
+        stage = np.arange(len(delta))
+        between = np.maximum(stage[None, :] - stage[:, None] - 1, 0)
+        moved = np.triu(replay.slope * replay.carry**between * replay.carry_turn * delta, 1)
+        return float(np.linalg.norm(moved + np.diag(replay.slope_turn * delta), 2))
 
     def outputs(self, w: FloatArray) -> FloatArray:
         """Return what the last stage makes of every sample at weights w (K,), shape (n, 2)."""

@@ -44,12 +44,14 @@ class Verdict(StrEnum):
 class MonteCarlo:
     """Random sample paths instead of all: their seed, how many at most, and the error level.
 
-    ``alpha`` is the probability of a wrong verdict, half of it for either side.
+    ``alpha`` is the probability of a wrong verdict, half of it for either side. ``always``: also
+    where there are few enough paths to run them all.
     """
 
     alpha: float = 1e-3
     seed: int = 0
     most: int = 32768
+    always: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def check(
     gamma: float,
     iterations: int,
     momentum: float = 0.0,
-    monte_carlo: MonteCarlo | None = None,
+    monte_carlo: MonteCarlo = MonteCarlo(),
 ) -> Report:
     """Compare both sides of a statement, with the expectation over sample paths.
 
@@ -120,8 +122,7 @@ def check(
         gamma: the step size; the first one where the statement is about decreasing steps.
         iterations: the number T of ticks, without a drain.
         momentum: beta in [0, 1), for motions with fixed delays.
-        monte_carlo: draw random paths; by default all n^T paths are run if they are at most 10^7,
-            and else averages are estimated as `MonteCarlo()` says.
+        monte_carlo: how to draw random paths for averages, beyond 10^7 paths or always.
 
     Returns:
         The report. NOT APPLICABLE if a hypothesis fails. VIOLATED only if every hypothesis holds
@@ -200,6 +201,11 @@ def _constants(problem: Problem, run: Motion) -> Constants:
     if not math.isfinite(value):
         raise ValueError(f"problem {problem.name!r}: f(w^0) = {value} is not finite")
     _require_lower_bound(problem, value)
+    try:  # delayed, but at the weights of the forward pass: nothing differs from grad f_i
+        _ = run.fixed_delays
+        replay = 0.0, problem.M
+    except ValueError:
+        replay = getattr(problem, "replay_L", math.nan), getattr(problem, "replay_M", math.nan)
     return Constants(
         L=problem.L,
         M=problem.M,
@@ -207,7 +213,8 @@ def _constants(problem: Problem, run: Motion) -> Constants:
         delays=run.longest,
         variance=problem.variance,
         momentum=run.momentum,
-        replay_L=float(getattr(problem, "replay_L", math.nan)),
+        replay_L=replay[0],
+        replay_M=replay[1],
     )
 
 
@@ -250,17 +257,17 @@ def _sampling(
     problem: Problem,
     run: Motion,
     iterations: int,
-    wanted: MonteCarlo | None,
+    wanted: MonteCarlo,
 ) -> MonteCarlo | None:
     """How to draw paths, or None if all of them are run."""
     per_iteration = problem.num_samples**run.samples_per_iteration
     few = iterations * math.log(per_iteration) <= math.log(MAX_PATHS) + ROUNDING
-    if wanted is None and few:
+    if few and not wanted.always:
         return None
     possible = statement.scope is Scope.AVERAGE and statement.key != "features-replay"
     if possible and math.isfinite(problem.M):
-        return wanted or MonteCarlo()
-    if wanted is None:
+        return wanted
+    if not wanted.always:
         count_paths(problem.num_samples, iterations, run.samples_per_iteration)  # says what fits
     reason = "M is infinite" if possible else f"{statement.key} is not about one bounded average"
     raise ValueError(f"monte_carlo: random paths prove nothing here, because {reason}")

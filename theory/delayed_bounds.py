@@ -175,26 +175,26 @@ def lemma1_prime(constants: Constants, step_sizes: npt.ArrayLike) -> float:
 
 
 def theorem_f(constants: Constants, step_sizes: npt.ArrayLike) -> float:
-    """Return 2 gap/(gamma T) + gamma L M + gamma^2 D^2 (L^2 + L'^2) M, for a constant step size.
+    """Return 2 gap/(gamma T) + gamma L M' + gamma^2 D^2 (L^2 + L'^2) M', for constant steps.
 
     Proof. Let v^{t+1} = v^t - gamma u^t. u^q depends on i(0..q) only: the weights of stage j that
     enter it, at most w_j^{q+d_j}, have had no later sample than q - 1. So v^t depends on i(0..t-1)
     and E<grad f(v^t), u^t> = E<a, b> + E<a, r> with a = grad f(v^t), b = grad f(w^t) and
     r = u^t - grad f_{i(t)}(w^t). -<a, b> - <a, r> <= (||a-b||^2 - ||a||^2 - ||b||^2)/2 +
     (||a||^2 + ||r||^2)/2 = -||b||^2/2 + ||a-b||^2/2 + ||r||^2/2. As in Theorem A
-    E||a-b||^2 <= L^2 gamma^2 D^2 M; and E||r||^2 <= L'^2 gamma^2 D^2 M, for w_k^{t+p} - w_k^t is
+    E||a-b||^2 <= L^2 gamma^2 D^2 M'; E||r||^2 <= L'^2 gamma^2 D^2 M', for w_k^{t+p} - w_k^t is
     made of the blocks of p <= d_k of the samples t-d_k..t-1.
 
     Raises ValueError if the step sizes are not all the same.
 
-    >>> one = Constants(L=1.0, M=1.0, gap=1.0, delays=(1, 0), replay_L=2.0)
+    >>> one = Constants(L=1.0, M=1.0, gap=1.0, delays=(1, 0), replay_L=2.0, replay_M=1.0)
     >>> theorem_f(one, [0.5] * 4)
     2.75
     """
     gamma, iterations = only_step(step_sizes)
     x = gamma * constants.L
     late = (gamma * constants.max_delay) ** 2 * (constants.L**2 + constants.replay_L**2)
-    return 2.0 * constants.gap / (gamma * iterations) + (x + late) * constants.M
+    return 2.0 * constants.gap / (gamma * iterations) + (x + late) * constants.replay_M
 
 
 def theorem_m(constants: Constants, step_sizes: npt.ArrayLike) -> float:
@@ -361,8 +361,8 @@ THEOREM_F = Statement(
     scope=Scope.AVERAGE,
     hypotheses=(SMOOTH, IID, REPLAYED),
     conditioning=_TOTAL,
-    formula="(1/T) sum_{t<T} G_t <= 2 gap/(gamma T) + gamma L M + gamma^2 D^2 (L^2 + L'^2) M",
-    latex=_AVERAGE + _START + r" + \gamma L M + \gamma^2 D^2 (L^2 + L'^2) M",
+    formula="(1/T) sum_{t<T} G_t <= 2 gap/(gamma T) + gamma L M' + gamma^2 D^2 (L^2 + L'^2) M'",
+    latex=_AVERAGE + _START + r" + \gamma L M' + \gamma^2 D^2 (L^2 + L'^2) M'",
     source=f"{_HERE}.theorem_f",
     status=Status.PROVED,
     note="Without a sufficient direction: what replay gets wrong is second order in gamma.",

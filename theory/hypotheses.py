@@ -136,11 +136,12 @@ MOMENTUM_DELAYS = Hypothesis(
 )
 REPLAYED = Hypothesis(
     "w_k^{t+1} = w_k^t - gamma u_k^{t-d_k}, d_k fixed, idle if t < d_k; u_k^q depends on i(0..q), "
-    "(1/n) sum_i ||u^q||^2 <= M and "
+    "E||u^q||^2 <= M' and "
     "||u^q - grad f_{i(q)}(w^q)||^2 <= L'^2 sum_k max_{p<=d_k} ||w_k^{q+p} - w_k^q||^2",
     lambda motion, constants, gammas: (
         _form("replayed_delays")(motion, constants, gammas)
         or _finite("the problem's L'", "replay_L")(motion, constants, gammas)
+        or _finite("M'", "replay_M")(motion, constants, gammas)
     ),
 )
 SMALL_STEPS = Hypothesis("gamma_t L <= 1 for every t", _small_steps)

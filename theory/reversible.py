@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from theory.chain import Bounds
+from theory.chain import Bounds, Replay
 from theory.protocols import FloatArray
 from theory.rotation import SUP_TANH_CURVATURE
 
@@ -89,3 +89,8 @@ class Coupling:
             top = np.linalg.eigvalsh(np.array([[b, a * slope], [a * slope, corner]]))[-1]
             radius, slope, bend = radius + b, math.hypot(b, growth * slope), float(top)
         return Bounds(radius, slope, bend)
+
+    def replay(self, radius: float) -> Replay:
+        """Return ||[[0, 1], [1, a]]||, a, a and a: sin, cos, tanh and tanh' are at most 1."""
+        a = self.strength
+        return Replay(0.5 * (a + math.sqrt(a * a + 4.0)), a, a, a)

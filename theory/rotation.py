@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from theory.chain import Bounds
+from theory.chain import Bounds, Replay
 from theory.protocols import FloatArray
 
 # sup |tanh''| = sup 2 u (1 - u^2), attained at u = tanh = 1/sqrt 3.
@@ -68,6 +68,11 @@ class Rotation:
             top = np.linalg.eigvalsh(np.array([[radius, p], [p, bend]]))[-1]
             bend = SUP_TANH_CURVATURE * radius * radius * k + float(top)
         return Bounds(radius, radius * math.sqrt(stages), bend)
+
+    def replay(self, radius: float) -> Replay:
+        """Return 1, r, s r + 1 and s r^2 + r, s = sup|tanh''|: tanh' turns by s r, R by 1."""
+        turn = SUP_TANH_CURVATURE * radius + 1.0
+        return Replay(1.0, radius, turn, radius * turn)
 
 
 def _rotate(cos: FloatArray, sin: FloatArray, h: FloatArray) -> FloatArray:

@@ -42,7 +42,8 @@ class Scope(StrEnum):
 class Constants:
     """What a bound is made of.
 
-    ``delays``: of each stage, the longest where they change. ``replay_L``: see REPLAYED.
+    ``delays``: of each stage, the longest where they change. ``replay_L`` and ``replay_M``:
+    the L' and M' of `theory.hypotheses.REPLAYED`.
     ``sigma`` and ``direction``: what Features Replay's theorem assumes, as measured along the run:
     E<grad f(w^t), g^t> >= sigma G_t and E||g^t||^2 <= direction, w^{t+1} = w^t - gamma_t g^t.
     What a problem or a run does not have is nan.
@@ -55,6 +56,7 @@ class Constants:
     variance: float = math.nan
     momentum: float = 0.0
     replay_L: float = math.nan
+    replay_M: float = math.nan
     sigma: float = math.nan
     direction: float = math.nan
 
