@@ -19,6 +19,8 @@ from theory.paths import count_paths, mean_squared_gradients, sample_paths, wors
 from theory.problems import PROBLEMS, make, one_sided_cosine, opposed_cosines
 from theory.statement import Constants
 
+BOUNDED = [name for name in PROBLEMS if math.isfinite(make(name, 1).M)]
+
 
 def naive_runs(problem, gamma, ticks):
     """All paths of DDG one by one, as (path, [w^0, ..., w^T])."""
@@ -115,7 +117,7 @@ def test_lemma1_on_kuramoto_is_violated_in_the_warm_up():
 
 
 def test_lemma1_holds_without_delay():
-    for name, gamma in itertools.product(PROBLEMS, (1e-3, 0.1, 0.5)):
+    for name, gamma in itertools.product(BOUNDED, (1e-3, 0.1, 0.5)):
         assert check("lemma1", make(name, 1), ddg(1), gamma, 6).verdict == "VERIFIED"
 
 
@@ -215,7 +217,7 @@ def test_sample_paths_are_all_there_once_in_order():
 
 
 @pytest.mark.parametrize("key", ["theorem1", "theorem2", "theorem-a"])
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_theorems_hold_in_total_expectation(key, name, stages):
     for gamma in (1e-3, 0.02, 0.1):
@@ -227,7 +229,7 @@ def test_theorems_hold_in_total_expectation(key, name, stages):
 
 
 @given(
-    name=st.sampled_from(sorted(PROBLEMS)),
+    name=st.sampled_from(sorted(BOUNDED)),
     stages=st.integers(1, 4),
     samples=st.integers(1, 3),
     seed=st.integers(0, 20),
@@ -324,9 +326,8 @@ def noisy_run():
 def test_a_wrong_M_is_caught():
     honest = noisy_run()
     assert check("theorem-a", honest, ddg(1), 0.5, 14).verdict == "VERIFIED"
-    assert (
-        check("theorem-a", replace(honest, M=honest.M / 4), ddg(1), 0.5, 14).verdict == "VIOLATED"
-    )
+    with pytest.raises(ValueError, match=r"is wrong: M = 0.333\d*, but E.* = 1.33"):
+        check("theorem-a", replace(honest, M=honest.M / 4), ddg(1), 0.5, 14)
 
 
 def test_a_second_term_four_times_too_small_is_caught():
@@ -354,9 +355,9 @@ def test_too_many_paths_names_the_argument_and_what_fits():
     with pytest.raises(
         ValueError, match=r"iterations = 24 means 2\^24 sample paths, .* at most 23 fit"
     ):
-        check("theorem-a", make("kuramoto", 2), ddg(2), 0.1, 24)
+        check("lemma1", make("kuramoto", 2), ddg(2), 0.1, 24)
     with pytest.raises(ValueError, match="at most 14 fit"):
-        check("lemma1", make("kuramoto", 2, num_samples=3), ddg(2), 0.1, 15)
+        check("lemma1-prime", make("kuramoto", 2, num_samples=3), ddg(2), 0.1, 15)
     assert count_paths(1, 10**6) == 1
     assert count_paths(10, 7) == 10**7
 

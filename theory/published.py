@@ -117,6 +117,8 @@ def features_replay(constants: Constants, step_sizes: npt.ArrayLike) -> float:
     3.0
     """
     gamma, iterations = only_step(step_sizes)
+    if constants.sigma <= 0:  # the hypothesis fails: nothing follows
+        return math.inf
     noise = 0.5 * gamma * constants.L * constants.direction
     return (constants.gap / (gamma * iterations) + noise) / constants.sigma
 
