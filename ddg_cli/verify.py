@@ -257,7 +257,7 @@ def _list(json: bool) -> None:
         [s.key, f"{s.status.value}: {s.title}\n{s.formula}\n{s.note}\n({s.source})"]
         for s in STATEMENTS.values()
     ]
-    columns = ["statement", "status, what it says, what is known about it, where it is from"]
+    columns = ["statement", "status, claim, what is known, source"]
     print_table("Statements", columns, rows, numeric=False)
 
 

@@ -306,6 +306,49 @@ def test_the_list_of_statements(ddg: Ddg):
     assert "…" not in table
 
 
+def test_a_violation_is_written_and_computed_again(ddg: Ddg, tmp_path: Path):
+    file = tmp_path / "found.json"
+    found = ddg(f"verify search lemma1 --certificate {file} --json").json
+    assert (found["verdict"], found["found"]) == ("VIOLATED", True)
+    again = ddg(f"verify --recheck {file} --json").json
+    assert (again["verdict"], again["holds"]) == ("VIOLATED", True)
+    assert "the certificate holds" in ddg(f"verify --recheck {file}").out
+    edited = json.loads(file.read_text())
+    file.write_text(json.dumps(edited | {"left": edited["left"] + 1e-3}))
+    result = ddg(f"verify --recheck {file}")
+    assert result.code == 1
+    assert "FAILED" in result.out
+    assert "left is" in result.out
+    file.write_text("{")
+    result = ddg(f"verify --recheck {file}")
+    assert result.code == 2
+    assert "not valid JSON" in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_verify_takes_delays_methods_and_random_paths(ddg: Ddg):
+    words = "verify theorem-a --problem cauchy --gamma 0.05"
+    found = ddg(f"{words} --delays 2,0 --iterations 6 --json").json
+    assert (found["method"], found["stages"], found["verdict"]) == ("delays 2,0", 2, "VERIFIED")
+    found = ddg(f"{words} --stages 3 --method bp --iterations 6 --json").json
+    assert (found["method"], found["sampling"]) == ("bp", None)
+    words += " --stages 2 --iterations 40 --alpha 0.01 --seed 3"
+    found = ddg(f"{words} --json").json
+    assert (found["sampling"]["seed"], found["sampling"]["alpha"]) == (3, 0.01)
+    assert found["interval"][0] < found["measured"] < found["interval"][1] < found["bound"]
+    assert "confidence limits" in ddg(words).out
+
+
+def test_the_table_of_verify(ddg: Ddg):
+    words = "verify table --statements theorem-a,lemma1 --problems kuramoto --stages 1,2 --jobs 1"
+    found = ddg(f"{words} --json").json
+    assert len(found["cells"]) == 12
+    assert found["correction"] == "Bonferroni"
+    table = ddg(words).out
+    assert "12 checks" in table
+    assert "Bonferroni" in table
+
+
 # --- profile, train, validate -------------------------------------------------------------------
 
 
@@ -539,6 +582,14 @@ WRONG = [
     ("verify lemma1 --problem lasso --stages 2 --gamma 1 --iterations 4", ["'lasso'", "kuramoto"]),
     ("verify lemma1 --problem kuramoto --stages 0 --gamma 1 --iterations 4", ["--stages", "0"]),
     (f"{VER} --gamma 0 --iterations 4", ["gamma", "0"]),
+    (f"{VER} --gamma 0.1 --iterations 4 --delays 9,0", ["delays", "9"]),
+    (f"{VER} --gamma 0.1 --iterations 4 --delays 1,0 --method bp", ["--method", "--delays"]),
+    (f"{VER} --gamma 0.1 --iterations 4 --alpha 3", ["--alpha", "3"]),
+    (f"{VER} --gamma 0.1 --iterations 4 --certificate no/c.json", ["--certificate", "no"]),
+    ("verify --recheck no/such.json", ["no/such.json"]),
+    ("verify search lemma9", ["'lemma9'"]),
+    ("verify table --statements lemma9", ["'lemma9'"]),
+    ("verify table --problems lasso", ["'lasso'"]),
     (f"{VER} --gamma -0.5 --iterations 4", ["gamma", "-0.5"]),
     (f"{VER} --gamma nan --iterations 4", ["gamma", "nan"]),
     (f"{VER} --gamma inf --iterations 4", ["gamma", "inf"]),

@@ -263,6 +263,7 @@ def test_sampling_by_shuffling_is_caught(monkeypatch):
 
 # --- Hypotheses: never VERIFIED where one fails ---------------------------------------------------
 
+UNBOUNDED = Claiming(make("cauchy", 2), variance=math.inf)
 CHANGING = np.array([[1, 0], [0, 1], [1, 0], [0, 1], [1, 0]])  # applies samples twice
 
 

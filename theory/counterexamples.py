@@ -158,7 +158,7 @@ def _candidates() -> Iterator[tuple[RidgeSum, float, int]]:
                 start=np.array([0.25 * np.pi * start, 0.0]),
                 blocks=(slice(0, 1), slice(1, 2)),
             )
-            for x in (1e-3, 1e-2, 0.1, 0.5, 1.0):
+            for x in (0.1, 1e-2, 1e-3, 0.5, 1.0):
                 yield problem, x, iterations
 
 
