@@ -1,6 +1,6 @@
 """Looking for a function that breaks the conjectured worst case of delayed gradients.
 
-The conjecture: (1/T) sum_{t<T} ||grad f(w^t)||^2 <= (f(w^0) - f*)/(gamma T c_tau(gamma L)) for every
+The conjecture: (1/T) sum_t ||grad f(w^t)||^2 <= (f(w^0) - f*)/(gamma T c_tau(gamma L)) for every
 L-smooth f, every choice of stages with fixed delays of at most tau, and every gamma L below the
 stability limit. A trial chooses delays, gamma and T; the largest delay goes round, half of the
 trials are random, half change the best one with that largest delay a little. Only the set of delays
