@@ -64,9 +64,24 @@ def verify(
 
     if list_:
         if json:
-            fields = ("key", "title", "status", "hypotheses", "formula", "source", "note")
+            fields = (
+                "key",
+                "title",
+                "status",
+                "conditioning",
+                "formula",
+                "latex",
+                "source",
+                "note",
+            )
             print_json(
-                {"statements": [{f: getattr(s, f) for f in fields} for s in STATEMENTS.values()]}
+                {
+                    "statements": [
+                        {f: getattr(s, f) for f in fields}
+                        | {"hypotheses": [h.text for h in s.hypotheses]}
+                        for s in STATEMENTS.values()
+                    ]
+                }
             )
             return
         print_table(
@@ -102,7 +117,7 @@ def verify(
                 "hypotheses_failing": found.failing,
                 "measured": found.measured,
                 "bound": found.bound,
-                "ratio": found.ratio,
+                "tightness": found.tightness,
                 "verdict": found.verdict.value,
                 "reason": found.reason,
                 "nonvacuous": found.nonvacuous,
@@ -116,7 +131,10 @@ def verify(
         *(["does not hold here", hypothesis] for hypothesis in found.failing),
         ["measured", f"{found.measured:.6g}"],
         ["bound", f"{found.bound:.6g}"],
-        ["measured / bound", "–" if found.ratio != found.ratio else f"{found.ratio:.4g}"],
+        [
+            "measured / bound",
+            "–" if found.tightness != found.tightness else f"{found.tightness:.4g}",
+        ],
         ["bound says something", "yes" if found.nonvacuous else "no (vacuous)"],
         ["sample paths, all of them", str(found.paths)],
         ["verdict here", found.verdict.value],

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ddg_sim.methods import ddg
-from theory.bounds import Constants, constant_steps, lemma1
 from theory.iterate import iterate
 from theory.paths import sample_paths
 from theory.problems import one_sided_cosine, opposed_cosines
 from theory.protocols import Problem
+from theory.published import lemma1
+from theory.statement import Constants, constant_steps
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _descent(problem: Problem, gamma: float, t: int, paths: slice) -> Sides:
     gammas = constant_steps(gamma, t + 1)
     w = iterate(ddg(2), problem, sample_paths(n, t + 1, 0, n ** (t + 1))[paths], gammas).w
     gap = float(problem.value(problem.start[None])[0]) - problem.f_star
-    noise = lemma1(Constants(problem.L, problem.M, gap, num_stages=2, max_delay=1), gammas)
+    noise = lemma1(Constants(problem.L, problem.M, gap, delays=(1, 0)), gammas)
     squares = np.sum(problem.full_gradient(w[t]) ** 2, axis=1)
     return Sides(
         left=float(np.mean(problem.value(w[t + 1]) - problem.value(w[t]))),

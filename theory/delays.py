@@ -28,6 +28,7 @@ def delayed(
     delays: npt.ArrayLike | DelayLaw,
     paths: npt.NDArray[np.integer],
     step_sizes: npt.ArrayLike,
+    momentum: float = 0.0,
 ) -> Trajectory:
     """Run T ticks of delayed gradients on ``problem`` along P sample paths.
 
@@ -38,6 +39,7 @@ def delayed(
             `uniform_delays`. A gradient may be used several times, or never.
         paths: (P, T) sample indices in [0, num_samples).
         step_sizes: (T,) positive; entry t applies to the updates made in tick t.
+        momentum: beta; every tick v <- beta v + gradient (if any has come), w <- w - gamma_t v.
 
     Returns:
         The trajectory, ``w`` of shape (T + 1, P, dim).
@@ -60,7 +62,7 @@ def delayed(
     for first in range(0, len(samples), group):
         part = slice(first, first + group)
         mine = lags[:, :, part] if lags.ndim == 3 else lags
-        for tick, w in enumerate(_ticks(problem, mine, samples[part], gammas)):
+        for tick, w in enumerate(_ticks(problem, mine, samples[part], gammas, momentum)):
             weights[tick, :, part] = w
     return Trajectory(tuple(w.T for w in weights), num_paths=len(samples))
 
@@ -80,7 +82,7 @@ def uniform_delays(longest: int, seed: int) -> DelayLaw:
 
 
 def _ticks(
-    problem: Problem, delays: IntArray, paths: IntArray, gammas: FloatArray
+    problem: Problem, delays: IntArray, paths: IntArray, gammas: FloatArray, beta: float
 ) -> Iterator[FloatArray]:
     """Yield w^0, ..., w^T, each (dim, P); the array is used again for the next."""
     blocks, count = problem.blocks, len(paths)
@@ -90,8 +92,10 @@ def _ticks(
     runs = [_runs(row, blocks) for row in delays] if delays.ndim == 2 else []
     draws = np.ascontiguousarray(paths.T)
     lane = np.arange(count)
+    velocity = np.zeros_like(w)
     yield w
     for t, gamma in enumerate(gammas):
+        before = w.copy() if beta else w
         ring[t % len(ring)] = problem.gradients(w.T, draws[t]).T
         if runs:
             for delay, block in runs[t]:
@@ -107,6 +111,9 @@ def _ticks(
                 place = (t - np.minimum(delay, t)) % len(ring) * w.size + lane
                 for j in range(block.start, block.stop):
                     w[j] -= step * flat.take(place + j * count)
+        if beta:
+            w -= gamma * beta * velocity
+            velocity = (before - w) / gamma
         yield w
 
 
