@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from theory.delays import delayed
-from theory.ridge import COSINE, GEMAN_MCCLURE, RidgeSum
+from theory.links import COSINE, GEMAN_MCCLURE
+from theory.ridge import RidgeSum
 from theory.stability import c_tau, stable_limit
 from theory.worst_case import available, violation, worst_case
 
