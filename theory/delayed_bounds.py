@@ -123,7 +123,7 @@ def theorem_d(constants: Constants, step_sizes: npt.ArrayLike) -> float:
     """
     gamma, iterations = only_step(step_sizes)
     damping = 1.0 - gamma * constants.L * (constants.max_delay + 0.5)
-    return constants.gap / (gamma * iterations * damping)
+    return constants.gap / (gamma * iterations * damping) if damping > 0 else math.inf
 
 
 def theorem2_prime(constants: Constants, step_sizes: npt.ArrayLike) -> float:

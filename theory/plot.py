@@ -118,7 +118,7 @@ def bounds(
     panels: list[tuple[str, list[float], list[tuple[int, float, int]]]] = [
         ("iterations T", [*map(float, lengths)], [(stages, gamma, int(t)) for t in lengths]),
         (
-            "number of stages K",
+            "number of stages K (a problem for each)",
             [float(k) for k in range(1, stages + 2)],
             [(k, gamma, max(iterations, k + 1)) for k in range(1, stages + 2)],
         ),
@@ -132,8 +132,8 @@ def bounds(
         axis.set_yscale("log")
     for axis in (axes[0], axes[2]):
         axis.set_xscale("log")
-    axes[0].xaxis.set_major_formatter("{x:.0f}")
-    axes[0].xaxis.set_minor_formatter("{x:.0f}")
+    axes[0].set_xticks(lengths, list(map(str, lengths)))
+    axes[0].set_xticks([], minor=True)
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("(1/T) Σ E‖∇f(wᵗ)‖²")
     title = f"DDG on {problem}, around K = {stages}, γ = {gamma:g}, T = {iterations}"
@@ -252,9 +252,9 @@ def _finish(figure: Figure, axes: list[Axes], path: Path, title: str | None = No
         axis.title.set_fontsize(10)
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(
-        list(entries.values()), list(entries), loc="outside right center", frameon=False, fontsize=9
-    )
+    labels = sorted(entries, key=lambda label: label.startswith(("trivial", "measured")))
+    handles = [entries[label] for label in labels]
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     with replacing(path) as temporary:

@@ -13,8 +13,8 @@ A condition of your own is a `Statement`; often another one with some fields rep
 ...     return 2 * constants.gap / (gamma * T)
 >>> mine = replace(a, key="hopeful", bound=hopeful)
 >>> found = falsify(mine, max_examples=300)
->>> found.report.verdict.value, found.report.measured > found.report.bound
-('VIOLATED', True)
+>>> found.report.verdict.value
+'VIOLATED'
 
 In a test of your own one line is enough; it fails with the smallest counterexample found:
 
@@ -47,7 +47,7 @@ from theory.ridge import RidgeSum
 from theory.statement import Statement, constant_steps, harmonic_steps
 
 try:
-    from hypothesis import HealthCheck, assume, find, settings, target
+    from hypothesis import HealthCheck, Phase, assume, find, settings, target
     from hypothesis import strategies as st
     from hypothesis.errors import NoSuchExample
 except ImportError as error:
@@ -230,6 +230,11 @@ def falsify(
             random=Random(seed),
             settings=settings(
                 max_examples=max_examples,
+                phases=(
+                    Phase.generate,
+                    Phase.target,
+                    Phase.shrink,
+                ),  # to explain takes ten times as long
                 database=None,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),

@@ -312,10 +312,10 @@ def _validate(
         )
     if not (math.isfinite(variance) and variance >= 0):
         raise ValueError(f"variance must be at least 0 and finite, got {variance}")
-    nodes = sum(num_samples**t for t in range(min(iterations, 64) + 1))
+    nodes = sum(num_samples**t for t in range(min(iterations, 400) + 1))
     inner = (nodes - 1) // num_samples
     if nodes * (nodes - 1) > MOST_PAIRS or num_samples * inner + nodes - inner > MOST_VECTORS:
         raise ValueError(
-            f"iterations = {iterations} with num_samples = {num_samples} visits {nodes} points, "
-            f"too many for the solver; at most {MOST_PAIRS} pairs and {MOST_VECTORS} gradients fit"
+            f"iterations = {iterations} with num_samples = {num_samples} visits too many "
+            f"points for the solver; at most {MOST_PAIRS} pairs and {MOST_VECTORS} gradients fit"
         )
