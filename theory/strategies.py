@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from random import Random
 
 import numpy as np
-import numpy.typing as npt
 
 from ddg_sim.methods import bp, ddg, fr
 from ddg_sim.schedule import Schedule, staleness
@@ -265,9 +264,7 @@ def assert_statement(
 
 
 def _report(statement: Statement, case: Case, method: Callable[[int], Schedule] | None) -> Report:
-    source: Schedule | npt.ArrayLike
-    source = case.delays if method is None else method(len(case.ridge.start))
-    assert source is not None
+    source = _delays(case, None) if method is None else method(len(case.ridge.start))
     return check(statement, case.ridge.problem, source, case.gamma, case.iterations)
 
 
