@@ -233,7 +233,7 @@ def falsify(
                     Phase.generate,
                     Phase.target,
                     Phase.shrink,
-                ),  # to explain takes ten times as long
+                ),  # explaining took five times as long
                 database=None,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
