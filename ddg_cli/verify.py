@@ -124,10 +124,10 @@ def verify(
         named = Named(name=problem, stages=stages, samples=samples)
         save(certify(found, named, source, momentum), certificate)
     if json:
-        print_json(_fields(found) | {"stages": stages})
+        print_json(report_fields(found) | {"stages": stages})
         return
     title = f"{statement} on {problem}, {found.method}, K={stages}, γ={gamma:g}, T={iterations}"
-    _print_report(title, found)
+    print_report(title, found)
     if found.verdict is Verdict.VIOLATED and certificate is None:
         print_line(
             "--certificate FILE writes this violation down, --recheck FILE computes it again"
@@ -164,7 +164,7 @@ def table(
         )
     if json:
         cells = [
-            {"stages": cell.stages, "gamma_L_part": cell.step} | _fields(report)
+            {"stages": cell.stages, "gamma_L_part": cell.step} | report_fields(report)
             for cell, report in found.items()
         ]
         print_json({"alpha": alpha, "correction": "Bonferroni", "seed": seed, "cells": cells})
@@ -202,45 +202,6 @@ def table(
     )
 
 
-@app.command("search")
-def search(
-    statement: Annotated[str, typer.Argument(help="Statement to break, such as lemma1.")],
-    most: Annotated[int, typer.Option(min=1, help="Inputs to try.")] = 2000,
-    certificate: CertificateFile = None,
-    json: Json = False,
-) -> None:
-    """Look for a counterexample, the simplest first."""
-    output_path("--certificate", certificate)
-    from theory.bounds import statement_named
-    from theory.certificate import certify, save
-    from theory.counterexamples import Found
-    from theory.counterexamples import search as look
-
-    found = look(statement_named(statement).key, most)
-    if not isinstance(found, Found):
-        if json:
-            print_json({"statement": statement, "found": False, "tried": found})
-        else:
-            print_line(f"{statement}: no violation on {found} inputs")
-        return
-    if certificate is not None:
-        made = certify(found.report, found.problem, found.source, found.momentum)
-        save(made, certificate)
-    start = [float(w) for w in found.problem.start]
-    if json:
-        extra = {"found": True, "tried": found.tried, "start": start}
-        print_json(_fields(found.report) | extra)
-        return
-    report = found.report
-    title = f"{statement} on {report.problem}, γ={report.gamma:g}, T={report.iterations}"
-    _print_report(title, report)
-    a = [int(x) for x in found.problem.rows[0]]
-    print_line(
-        f"f_i(w) = c_i (1 - cos(a·w)), c = {report.problem.split()[1]}, a = {a}, w⁰ = "
-        f"{[round(w, 6) for w in start]}; input number {found.tried}"
-    )
-
-
 def _list(json: bool) -> None:
     from theory.bounds import STATEMENTS
 
@@ -267,9 +228,9 @@ def _recheck(path: Path, json: bool) -> None:
     certificate = load(path)
     report, differing = recheck(certificate)
     if json:
-        print_json(_fields(report) | {"holds": not differing, "differing": differing})
+        print_json(report_fields(report) | {"holds": not differing, "differing": differing})
     else:
-        _print_report(f"{certificate.statement}, computed again", report)
+        print_report(f"{certificate.statement}, computed again", report)
         for line in differing:
             print_line(line)
         print_line(
@@ -279,15 +240,16 @@ def _recheck(path: Path, json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _fields(report: Report) -> dict[str, Any]:
-    """A report for JSON."""
+def report_fields(report: Report) -> dict[str, Any]:
+    """Return a report for JSON."""
     found = asdict(report)
     found["hypotheses_failing"] = found.pop("failing")
     found["status"], found["verdict"] = report.status.value, report.verdict.value
     return found
 
 
-def _print_report(title: str, found: Report) -> None:
+def print_report(title: str, found: Report) -> None:
+    """Print a report as a table, and the reason of its verdict."""
     rows = [
         ["status in general", found.status.value],
         *(["assumes", hypothesis] for hypothesis in found.hypotheses),

@@ -342,10 +342,10 @@ def test_verify_takes_delays_methods_and_random_paths(ddg: Ddg):
 def test_the_table_of_verify(ddg: Ddg):
     words = "verify table --statements theorem-a,lemma1 --problems kuramoto --stages 1,2 --jobs 1"
     found = ddg(f"{words} --json").json
-    assert len(found["cells"]) == 12
+    assert len(found["cells"]) == 10
     assert found["correction"] == "Bonferroni"
     table = ddg(words).out
-    assert "12 checks" in table
+    assert "10 checks" in table
     assert "Bonferroni" in table
 
 

@@ -246,7 +246,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _finish(figure: Figure, axes: list[Axes], path: Path, title: str | None = None) -> None:
     """Grids, one legend beside the data, and the file, which appears whole or not at all."""
-    entries = {}
+    entries: dict[str, Any] = {}
     for axis in axes:
         axis.grid(True, which="major", alpha=0.3)
         axis.title.set_fontsize(10)

@@ -84,7 +84,8 @@ def search_conjecture(
             share, length = rng.uniform(0.02, 0.98), int(rng.integers(1, iterations + 1))
         else:  # add or take away one delay, another step size, and now and then another T
             delays = {*best.delays} ^ {int(rng.integers(0, tau + 1))}
-            share = np.clip(best.gamma / stable_limit(tau) + rng.normal(0.0, 0.1), 0.02, 0.98)
+            share = best.gamma / float(stable_limit(tau)) + rng.normal(0.0, 0.1)
+            share = min(max(share, 0.02), 0.98)
             length = int(np.clip(best.iterations + rng.integers(-1, 3), 1, iterations))
         chosen = tuple(sorted(delays | {tau}, reverse=True))
         gamma = float(share * stable_limit(tau))

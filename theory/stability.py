@@ -76,7 +76,9 @@ def stable_limit(delay: npt.ArrayLike, momentum: npt.ArrayLike = 0.0) -> FloatAr
         stays = (delay + 0.5) * theta + turned < 0.5 * np.pi
         low, high = np.where(stays, theta, low), np.where(stays, high, theta)
     theta = 0.5 * (low + high)
-    return 2.0 * np.sin(0.5 * theta) * np.sqrt(1.0 - 2.0 * beta * np.cos(theta) + beta**2)
+    squared = 1.0 - 2.0 * beta * np.cos(theta) + beta**2
+    limit: FloatArray = 2.0 * np.sin(0.5 * theta) * np.sqrt(squared)
+    return limit
 
 
 def fastest(delay: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:

@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from random import Random
 
 import numpy as np
-import numpy.typing as npt
 
 from ddg_sim.methods import bp, ddg, fr
 from ddg_sim.schedule import Schedule, staleness
@@ -234,7 +233,7 @@ def falsify(
                     Phase.generate,
                     Phase.target,
                     Phase.shrink,
-                ),  # to explain takes ten times as long
+                ),  # explaining took five times as long
                 database=None,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
@@ -265,9 +264,7 @@ def assert_statement(
 
 
 def _report(statement: Statement, case: Case, method: Callable[[int], Schedule] | None) -> Report:
-    source: Schedule | npt.ArrayLike
-    source = case.delays if method is None else method(len(case.ridge.start))
-    assert source is not None
+    source = _delays(case, None) if method is None else method(len(case.ridge.start))
     return check(statement, case.ridge.problem, source, case.gamma, case.iterations)
 
 

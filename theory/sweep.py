@@ -68,7 +68,7 @@ def table(
 
     >>> found = table(["theorem-a"], ["kuramoto"], [2])
     >>> [(cell.iterations, cell.step, str(report.verdict)) for cell, report in found.items()]
-    [(8, 1.0, 'VERIFIED'), (8, 0.001, 'VERIFIED'), (40, 1.0, 'VERIFIED'), (40, 0.001, 'VERIFIED')]
+    [(8, 1.0, 'VERIFIED'), (8, 0.001, 'VERIFIED'), (40, 1.0, 'VERIFIED')]
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
@@ -145,7 +145,8 @@ def _cells(
             finite = math.isfinite(make(problem, 1).M)
             for count in stages:
                 for iterations in (ENUMERATED, SAMPLED)[: 2 if sampled and finite else 1]:
-                    for step in STEPS:
+                    # What is estimated says least where the step is small.
+                    for step in STEPS if iterations == ENUMERATED else STEPS[:1]:
                         alpha = 1.0 if iterations == SAMPLED else 0.0
                         yield Cell(statement, problem, count, step, iterations, alpha)
 
