@@ -92,7 +92,7 @@ def test_what_is_drawn_is_what_is_measured(tmp_path, monkeypatch):
         ("rate --stages 4 --smoothness 1 --method dgl", ["dgl", "local"]),
         ("rate --stages 4 --smoothness 1 --chunks 2", ["chunks 2"]),
         ("rate --stages 4 --smoothness 1 --gap -1", ["gap", "-1.0"]),
-        ("search lemma", ["target", "'lemma'", "conjecture"]),
+        ("search lemma", ["'lemma'", "lemma1"]),
         ("search conjecture --trials 0", ["--trials", "0"]),
         ("search conjecture --max-delay 13", ["--max-delay", "13"]),
         ("plot map p.png", ["picture", "'map'", "region"]),
