@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # The stamp is newer than both files exactly when nothing has to be installed.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,worst-cases]"
 	@touch $@
 
 demo: $(VENV)/.installed

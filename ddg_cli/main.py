@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ddg_cli import anchors, demo, plan, simulate, training, verify
+from ddg_cli import anchors, demo, pictures, plan, rate, search, simulate, training, verify
 from ddg_cli.output import ERRORS, print_line
 
 # Typer's own base class of wrong usage has no public name.
@@ -45,7 +45,10 @@ def _options(
 
 app.command("simulate")(simulate.simulate)
 app.command("plan")(plan.plan)
-app.command("verify")(verify.verify)
+verify.app.command("rate")(rate.rate)
+verify.app.command("plot")(pictures.plot)
+verify.app.command("search")(search.search)
+app.add_typer(verify.app, name="verify")
 app.command("profile")(training.profile)
 app.command("train")(training.train)
 app.command("validate")(training.validate)

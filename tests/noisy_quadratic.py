@@ -22,6 +22,10 @@ class NoisyQuadratic:
     f_star: float = 0.0
 
     @property
+    def variance(self):
+        return self.noise**2
+
+    @property
     def num_samples(self):
         return 2 if self.noise else 1
 

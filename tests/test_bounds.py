@@ -7,24 +7,19 @@ from hypothesis import strategies as st
 from noisy_quadratic import NoisyQuadratic
 
 from ddg_sim.methods import ddg
-from theory.bounds import (
-    DDG_DELAYS,
-    SMALL_STEPS,
-    STATEMENTS,
-    Constants,
-    Scope,
-    Status,
-    constant_steps,
-    harmonic_steps,
-    lemma1,
-    theorem1,
-    theorem2,
-    theorem_a,
-)
+from theory.bounds import STATEMENTS
+from theory.delayed_bounds import theorem_a
+from theory.hypotheses import DDG_DELAYS, SMALL_STEPS
 from theory.paths import mean_squared_gradients
+from theory.published import lemma1, theorem1, theorem2
+from theory.statement import Constants, Scope, Status, constant_steps, harmonic_steps
 
 #: Counterexample (a)'s constants with a gap that is easy to calculate with.
-EXAMPLE = Constants(L=2.0, M=10.0, gap=1.0, num_stages=2, max_delay=1)
+EXAMPLE = Constants(L=2.0, M=10.0, gap=1.0, delays=(1, 0))
+
+
+def ddg_delays(stages):
+    return tuple(range(stages - 1, -1, -1))
 
 
 def test_lemma1_by_hand():
@@ -35,7 +30,7 @@ def test_lemma1_by_hand():
 def test_lemma1_sigma_is_the_largest_ratio_of_delayed_steps():
     # Steps 1, 1/2, 1/3: sigma = max(1, 1/(1/2), (1/2)/(1/3)) = 2 = K; M_K = 20 + 320 = 340.
     assert lemma1(EXAMPLE, harmonic_steps(1.0, 3)) == pytest.approx(2 * 340 / 9, rel=1e-14)
-    three = replace(EXAMPLE, num_stages=3)  # sigma = 3 = K: M_K = 30 + 3*81*10 = 2460
+    three = replace(EXAMPLE, delays=(2, 1, 0))  # sigma = 3 = K: M_K = 30 + 3*81*10 = 2460
     assert lemma1(three, harmonic_steps(1.0, 4)) == pytest.approx(2 * 2460 / 16, rel=1e-14)
 
 
@@ -52,7 +47,7 @@ def test_theorem2_by_hand():
 
 def test_theorem_a_by_hand():
     # 2/(0.01*100) + 0.01*2*10*(1 + 0.01*2*9).
-    delayed = replace(EXAMPLE, num_stages=4, max_delay=3)
+    delayed = replace(EXAMPLE, delays=(3, 2, 1, 0))
     assert theorem_a(delayed, constant_steps(0.01, 100)) == pytest.approx(2.236, rel=1e-14)
 
 
@@ -61,14 +56,14 @@ positive = st.floats(1e-3, 1e3)
 
 @given(positive, positive, positive, st.integers(1, 9), st.integers(1, 50), st.floats(1e-4, 1))
 def test_theorem_a_implies_theorem1_where_gamma_L_is_at_most_1(L, M, gap, stages, ticks, x):
-    constants = Constants(L, M, gap, stages, max_delay=stages - 1)
+    constants = Constants(L, M, gap, ddg_delays(stages))
     gammas = constant_steps(x / L, ticks)
     assert theorem_a(constants, gammas) <= theorem1(constants, gammas) * (1 + 1e-12)
 
 
 @given(positive, positive, st.integers(1, 6), st.floats(1e-4, 1), st.integers(1, 1000))
 def test_theorem1_is_vacuous_unless_gamma_L_is_tiny(L, M, stages, x, ticks):
-    constants = Constants(L, M, gap=0.0, num_stages=stages, max_delay=stages - 1)
+    constants = Constants(L, M, 0.0, ddg_delays(stages))
     threshold = 1 / (2 * (stages + stages**4))
     assert (theorem1(constants, constant_steps(x / L, ticks)) < M) == pytest.approx(x < threshold)
 
@@ -80,26 +75,38 @@ def test_theorem_a_is_nearly_attained_by_additive_noise(delay, gamma):
     problem = NoisyQuadratic(delay + 1, noise=1.0, w_1=0.0)
     gammas = constant_steps(gamma, 15)
     squares = mean_squared_gradients(ddg(delay + 1), problem, gammas)
-    constants = Constants(1.0, 1.0 + squares.max(), 0.0, delay + 1, delay)
+    constants = Constants(1.0, 1.0 + squares.max(), 0.0, ddg_delays(delay + 1))
     ratio = squares.mean() / theorem_a(constants, gammas)
     assert 0.3 < ratio <= 1
 
 
 def test_statements_say_what_is_known():
-    assert list(STATEMENTS) == ["lemma1", "theorem1", "theorem2", "theorem-a"]
     assert {key: statement.status for key, statement in STATEMENTS.items()} == {
         "lemma1": "refuted as stated",
+        "lemma1-steady": "refuted as stated",
+        "independence": "refuted as stated",
         "theorem1": "paper claim",
         "theorem2": "paper claim",
+        "corollary": "paper claim",
+        "features-replay": "paper claim",
+        "lian": "proved",
+        "lemma1-prime": "proved",
         "theorem-a": "proved",
+        "theorem-a-young": "proved",
+        "theorem-v": "proved",
+        "theorem-d": "proved",
+        "theorem2-prime": "proved",
+        "theorem-f": "proved",
+        "theorem-m": "proved",
+        "c-tau": "conjecture",
     }
-    assert [s.scope for s in STATEMENTS.values()] == [Scope.ONE_STEP] + 3 * [Scope.AVERAGE]
+    published = ("lemma1", "lemma1-steady", "independence", "theorem1", "theorem2", "corollary")
     for key, statement in STATEMENTS.items():
         assert statement.key == key
-        from_paper = key != "theorem-a"
-        assert ("Huo" in statement.source and "from memory" in statement.source) == from_paper
-        assert (DDG_DELAYS in statement.hypotheses) == from_paper
-        assert (SMALL_STEPS in statement.hypotheses) == from_paper
+        assert ("Huo, Gu, Yang" in statement.source) == (key in published)
+        assert (DDG_DELAYS in statement.hypotheses) == (key in published)
+        assert (SMALL_STEPS in statement.hypotheses) == (key in published and key != "independence")
+        assert (statement.bound is None) == (statement.scope is Scope.INNER_PRODUCT)
     assert STATEMENTS["lemma1"].status is Status.REFUTED
     assert "total expectation for t >= K-1" in STATEMENTS["lemma1"].note
 

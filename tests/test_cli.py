@@ -255,7 +255,7 @@ VERIFY_KEYS = {
     "hypotheses",
     "measured",
     "bound",
-    "ratio",
+    "tightness",
     "verdict",
     "nonvacuous",
     "paths",
@@ -269,7 +269,7 @@ def test_lemma_1_is_violated(ddg: Ddg):
     assert (found["statement"], found["verdict"], found["paths"]) == ("lemma1", "VIOLATED", 256)
     assert found["status"] == "refuted as stated"
     assert found["measured"] > found["bound"]
-    assert found["ratio"] is None
+    assert found["tightness"] is None
     assert found["nonvacuous"]
     assert len(found["hypotheses"]) == 5
     table = ddg(words).out
@@ -284,7 +284,7 @@ def test_lemma_1_is_violated(ddg: Ddg):
         ("theorem-a --problem geman-mcclure --stages 3 --gamma 0.1", "VERIFIED", False),
         ("theorem1 --problem kuramoto --stages 2 --gamma 0.01", "VERIFIED", False),
         ("theorem2 --problem rotation-chain --stages 2 --gamma 0.01", "VERIFIED", False),
-        ("theorem1 --problem kuramoto --stages 2 --gamma 2", "INCONCLUSIVE", False),
+        ("theorem1 --problem kuramoto --stages 2 --gamma 2", "NOT APPLICABLE", False),
         ("theorem1 --problem kuramoto --stages 1 --gamma 0.1", "VERIFIED", False),
     ],
 )
@@ -293,17 +293,60 @@ def test_verdicts(ddg: Ddg, words: str, verdict: str, nonvacuous: bool):
     assert (found["verdict"], found["paths"]) == (verdict, 64)
     if verdict == "VERIFIED":
         assert found["measured"] <= found["bound"]
-        assert found["ratio"] == found["measured"] / found["bound"]
-    assert bool(found["hypotheses_failing"]) == (verdict == "INCONCLUSIVE")
+        assert found["tightness"] == found["measured"] / found["bound"]
+    assert bool(found["hypotheses_failing"]) == (verdict == "NOT APPLICABLE")
     assert verdict in ddg(f"verify {words} --iterations 6").out
 
 
 def test_the_list_of_statements(ddg: Ddg):
     found = ddg("verify --list --json").json["statements"]
-    assert [item["key"] for item in found] == ["lemma1", "theorem1", "theorem2", "theorem-a"]
+    assert {"lemma1", "theorem1", "theorem2", "theorem-a"} <= {item["key"] for item in found}
     table = ddg("verify --list").out
     assert all(item["key"] in table and item["status"] in table for item in found)
     assert "…" not in table
+
+
+def test_a_violation_is_written_and_computed_again(ddg: Ddg, tmp_path: Path):
+    file = tmp_path / "found.json"
+    found = ddg(f"verify search lemma1 --certificate {file} --json").json
+    assert (found["verdict"], found["found"]) == ("VIOLATED", True)
+    again = ddg(f"verify --recheck {file} --json").json
+    assert (again["verdict"], again["holds"]) == ("VIOLATED", True)
+    assert "the certificate holds" in ddg(f"verify --recheck {file}").out
+    edited = json.loads(file.read_text())
+    file.write_text(json.dumps(edited | {"left": edited["left"] + 1e-3}))
+    result = ddg(f"verify --recheck {file}")
+    assert result.code == 1
+    assert "FAILED" in result.out
+    assert "left is" in result.out
+    file.write_text("{")
+    result = ddg(f"verify --recheck {file}")
+    assert result.code == 2
+    assert "not valid JSON" in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_verify_takes_delays_methods_and_random_paths(ddg: Ddg):
+    words = "verify theorem-a --problem cauchy --gamma 0.05"
+    found = ddg(f"{words} --delays 2,0 --iterations 6 --json").json
+    assert (found["method"], found["stages"], found["verdict"]) == ("delays 2,0", 2, "VERIFIED")
+    found = ddg(f"{words} --stages 3 --method bp --iterations 6 --json").json
+    assert (found["method"], found["sampling"]) == ("bp", None)
+    words += " --stages 2 --iterations 40 --alpha 0.01 --seed 3"
+    found = ddg(f"{words} --json").json
+    assert (found["sampling"]["seed"], found["sampling"]["alpha"]) == (3, 0.01)
+    assert found["interval"][0] < found["measured"] < found["interval"][1] < found["bound"]
+    assert "confidence limits" in ddg(words).out
+
+
+def test_the_table_of_verify(ddg: Ddg):
+    words = "verify table --statements theorem-a,lemma1 --problems kuramoto --stages 1,2 --jobs 1"
+    found = ddg(f"{words} --json").json
+    assert len(found["cells"]) == 10
+    assert found["correction"] == "Bonferroni"
+    table = ddg(words).out
+    assert "10 checks" in table
+    assert "Bonferroni" in table
 
 
 # --- profile, train, validate -------------------------------------------------------------------
@@ -539,6 +582,14 @@ WRONG = [
     ("verify lemma1 --problem lasso --stages 2 --gamma 1 --iterations 4", ["'lasso'", "kuramoto"]),
     ("verify lemma1 --problem kuramoto --stages 0 --gamma 1 --iterations 4", ["--stages", "0"]),
     (f"{VER} --gamma 0 --iterations 4", ["gamma", "0"]),
+    (f"{VER} --gamma 0.1 --iterations 4 --delays 9,0", ["delays", "9"]),
+    (f"{VER} --gamma 0.1 --iterations 4 --delays 1,0 --method bp", ["--method", "--delays"]),
+    (f"{VER} --gamma 0.1 --iterations 4 --alpha 3", ["--alpha", "3"]),
+    (f"{VER} --gamma 0.1 --iterations 4 --certificate no/c.json", ["--certificate", "no"]),
+    ("verify --recheck no/such.json", ["no/such.json"]),
+    ("verify search lemma9", ["'lemma9'"]),
+    ("verify table --statements lemma9", ["'lemma9'"]),
+    ("verify table --problems lasso", ["'lasso'"]),
     (f"{VER} --gamma -0.5 --iterations 4", ["gamma", "-0.5"]),
     (f"{VER} --gamma nan --iterations 4", ["gamma", "nan"]),
     (f"{VER} --gamma inf --iterations 4", ["gamma", "inf"]),

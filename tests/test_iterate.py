@@ -10,10 +10,10 @@ from noisy_quadratic import NoisyQuadratic, damping, stability_limit
 from ddg_sim.methods import Semantics, bp, ddg
 from ddg_sim.rule import Jacobian, Rule
 from ddg_sim.schedule import OpKind, OpTemplate, Schedule, backward, forward, update
+from theory.chain import Chain
 from theory.iterate import iterate, snapshot_delays
 from theory.paths import sample_paths
 from theory.problems import PROBLEMS, make
-from theory.rotation import RotationChain
 
 STAGES = [1, 2, 3, 4, 5]
 
@@ -84,7 +84,7 @@ def chain_oracle(chain, path, gammas, semantics):
 class WithoutStages:
     """A rotation chain that hides its stages: only whole gradients can be asked for."""
 
-    chain: RotationChain
+    chain: Chain
 
     def __getattr__(self, name):
         if name in ("inputs", "forward", "backward"):

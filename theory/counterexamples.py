@@ -1,19 +1,27 @@
-"""Where the one-step claim of the DDG paper fails, to the digits, by exact enumeration.
+"""Where the one-step claim of the DDG paper fails, to the digits; and a search for such places.
 
-All three run the real schedule ``ddg(2)`` on problems that meet Assumptions 1 and 2 with the
-stated L and M, and with gamma L <= 1.
+The three that are written down run the real schedule ``ddg(2)`` on problems that meet Assumptions
+1 and 2 with the stated L and M, and with gamma L <= 1.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ddg_sim.methods import ddg
-from theory.bounds import Constants, constant_steps, lemma1
+from ddg_sim.schedule import Schedule
+from theory.check import Report, Verdict, check
 from theory.iterate import iterate
+from theory.links import COSINE
 from theory.paths import sample_paths
 from theory.problems import one_sided_cosine, opposed_cosines
 from theory.protocols import Problem
+from theory.published import lemma1
+from theory.ridge import RidgeSum
+from theory.statement import Constants, constant_steps
+from theory.sweep import MOMENTUM, motion_for
 
 
 @dataclass(frozen=True)
@@ -80,13 +88,87 @@ def independence_step() -> Sides:
     return Sides(float(true.sum(axis=1).mean()), float(claimed.sum(axis=1).mean()))
 
 
+@dataclass(frozen=True)
+class Found:
+    """A violation, the input that has it, and how many inputs were tried up to it."""
+
+    report: Report
+    problem: RidgeSum
+    source: Schedule | tuple[int, ...]
+    momentum: float
+    tried: int
+
+
+def search(statement: str, most: int = 2000) -> Found | int:
+    """Look for a violation of a statement on small problems, the simplest first.
+
+    Tried are f_i(w) = c_i (1 - cos(a . w)) of two stages with one weight each, a of ones and zeros,
+    one sample or two with small whole c_i of mean >= 0, starts at multiples of pi/4, gamma L from
+    10^-3 to 1 and 1 to 4 ticks, all paths enumerated: every step and every history is looked at.
+
+    Args:
+        statement: its key.
+        most: how many inputs to try.
+
+    Returns:
+        The first violation, or the number of inputs tried without one.
+
+    Raises:
+        ValueError: if the statement is unknown or ``most`` is below 1.
+
+    >>> found = search("lemma1")
+    >>> found.report.verdict.value, found.report.step, found.problem.num_samples
+    ('VIOLATED', 0, 1)
+    >>> search("theorem-a", most=50)
+    50
+    """
+    if most < 1:
+        raise ValueError(f"the number of inputs must be at least 1, got {most}")
+    source = motion_for(statement, "", 2)
+    momentum = MOMENTUM if statement == "theorem-m" else 0.0
+    tried = 0
+    for problem, x, iterations in itertools.islice(_candidates(), most):
+        tried += 1
+        gamma = x / problem.L
+        try:
+            report = check(statement, problem, source, gamma, iterations, momentum)
+        except ValueError as error:
+            if "warm-up" in str(error):  # too short for this statement
+                continue
+            raise
+        if report.verdict is Verdict.VIOLATED:
+            return Found(report, problem, source, momentum, tried)
+    return tried
+
+
+def _candidates() -> Iterator[tuple[RidgeSum, float, int]]:
+    """Yield (problem, gamma L, iterations), few samples and ticks first."""
+    one: list[tuple[int, ...]] = [(1,)]
+    two: list[tuple[int, ...]] = [
+        (c, d) for c, d in itertools.product(range(4), range(-2, 3)) if d <= c and c + d > 0
+    ]
+    for iterations, coefficients in itertools.product(range(1, 5), one + two):
+        for row, start in itertools.product(((1, 0), (1, 1)), (2, 1)):
+            problem = RidgeSum(
+                f"cosines {','.join(map(str, coefficients))}",
+                COSINE,
+                rows=np.array([row], dtype=np.float64),
+                offsets=np.zeros(1),
+                coefficients=np.array(coefficients, dtype=np.float64)[:, None],
+                start=np.array([0.25 * np.pi * start, 0.0]),
+                blocks=(slice(0, 1), slice(1, 2)),
+            )
+            for x in (0.1, 1e-2, 1e-3, 0.5, 1.0):
+                yield problem, x, iterations
+
+
 def _descent(problem: Problem, gamma: float, t: int, paths: slice) -> Sides:
     """Return the sides of Lemma 1 at step t, averaged over those of the n^(t+1) paths."""
     n = problem.num_samples
     gammas = constant_steps(gamma, t + 1)
     w = iterate(ddg(2), problem, sample_paths(n, t + 1, 0, n ** (t + 1))[paths], gammas).w
     gap = float(problem.value(problem.start[None])[0]) - problem.f_star
-    noise = lemma1(Constants(problem.L, problem.M, gap, num_stages=2, max_delay=1), gammas)
+    noise = lemma1(Constants(problem.L, problem.M, gap, delays=(1, 0)), gammas)
     squares = np.sum(problem.full_gradient(w[t]) ** 2, axis=1)
     return Sides(
         left=float(np.mean(problem.value(w[t + 1]) - problem.value(w[t]))),

@@ -74,7 +74,7 @@ def iterate(
     >>> [round(float(w_1), 6) for w_1 in run.w[:, 0, 0]]  # idle in the first tick
     [1.570796, 1.570796, 1.470796, 1.370796]
     """
-    gammas = np.asarray(step_sizes, dtype=np.float64)
+    gammas = require_steps(step_sizes)
     samples = _validate(schedule, problem, np.asarray(paths), gammas)
     engine = engine_for(problem, samples)
     weights = [_Stage([problem.start[None, block]]) for block in problem.blocks]
@@ -202,11 +202,34 @@ def _validate(
     for template in schedule.templates():
         if template.kind not in _UNDERSTOOD:
             raise ValueError(f"schedule: {template} has no meaning for the NumPy executor")
-    if gammas.ndim != 1 or not np.all(np.isfinite(gammas) & (gammas > 0)):
+    return require_paths(problem, paths, len(gammas) * schedule.samples_per_iteration)
+
+
+def require_steps(step_sizes: npt.ArrayLike) -> FloatArray:
+    """Return the step sizes (T,) as an array.
+
+    Raises ValueError unless they are a vector of positive finite numbers.
+
+    >>> require_steps([0.5, 0.25])
+    array([0.5 , 0.25])
+    """
+    gammas = np.asarray(step_sizes, dtype=np.float64)
+    if gammas.ndim != 1 or not gammas.size or not np.all(np.isfinite(gammas) & (gammas > 0)):
         raise ValueError(f"step_sizes must be a vector of positive finite numbers, got {gammas}")
-    columns = len(gammas) * schedule.samples_per_iteration
-    if paths.ndim != 2 or paths.shape[1] != columns or not paths.size:
-        raise ValueError(f"paths must have shape (P >= 1, {columns}), got {paths.shape}")
+    return gammas
+
+
+def require_paths(problem: Problem, paths: npt.NDArray[np.integer], length: int) -> IntArray:
+    """Return sample paths (P, length) as 64-bit integers.
+
+    Raises ValueError unless they hold samples of the problem and have that length.
+
+    >>> from theory.problems import make
+    >>> require_paths(make("kuramoto", 2), np.array([[0, 1]], dtype=np.int8), 2)
+    array([[0, 1]])
+    """
+    if paths.ndim != 2 or paths.shape[1] != length or not paths.size:
+        raise ValueError(f"paths must have shape (P >= 1, {length}), got {paths.shape}")
     if not np.issubdtype(paths.dtype, np.integer):
         raise ValueError(f"paths must hold integers, got {paths.dtype}")
     if not 0 <= paths.min() <= paths.max() < problem.num_samples:

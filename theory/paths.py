@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ddg_sim.schedule import Schedule
-from theory.iterate import iterate
+from theory.gradients import spread
+from theory.motion import Motion
 from theory.protocols import FloatArray, IntArray, Problem
 
 MAX_PATHS = 10_000_000
@@ -16,6 +17,8 @@ MAX_PATHS = 10_000_000
 BATCH_NUMBERS = 2**20
 #: Weights whose projections follow each other this closely are taken for the same weights.
 SAME_WEIGHTS = 1e-11
+#: Steps below this multiple of the weights tell nothing about Lipschitz constants.
+SHORTEST_STEP = 1e-6
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,117 @@ def sample_paths(num_samples: int, length: int, start: int, stop: int) -> IntArr
     return digits
 
 
+@dataclass(frozen=True, eq=False)
+class Expectations:
+    """Means over all sample paths, tick by tick, and what the run says about the constants.
+
+    ``values`` (T+1,): E f(w^t). Of shape (T,): ``squares`` G_t = E||grad f(w^t)||^2; ``aligned``
+    E<grad f(w^t), g^t> and ``moved`` E||g^t||^2 for g^t = (w^t - w^{t+1})/gamma_t; ``moments``
+    E (1/n) sum_i ||grad f_i(w^t)||^2 and ``spreads``, the same of grad f_i - grad f.
+    ``lowest``: the least f(w^t) on any path. ``steepest``: the largest ||grad f(x) - grad f(y)|| /
+    ||x - y|| between a step's two ends.
+    """
+
+    values: FloatArray
+    squares: FloatArray
+    aligned: FloatArray
+    moved: FloatArray
+    moments: FloatArray
+    spreads: FloatArray
+    lowest: float
+    steepest: float
+
+
+def expectations(motion: Motion, problem: Problem, step_sizes: npt.ArrayLike) -> Expectations:
+    """Return the means over all n^(T m) sample paths, exactly up to rounding.
+
+    Raises ValueError if there are too many paths, or as `Motion.run` does.
+
+    >>> from ddg_sim.methods import bp
+    >>> from theory.motion import motion
+    >>> from theory.problems import one_sided_cosine
+    >>> found = expectations(motion(bp(2), 2), one_sided_cosine(), [0.1, 0.1])
+    >>> found.squares.round(6).tolist(), found.aligned.round(6).tolist()
+    ([1.0, 0.990033], [1.0, 0.990033])
+    """
+    gammas = np.asarray(step_sizes, dtype=np.float64)
+    total = count_paths(problem.num_samples, len(gammas), motion.samples_per_iteration)
+    sums = np.zeros((6, len(gammas) + 1))
+    lowest, steepest = math.inf, 0.0
+    for paths in _batches(motion, problem, len(gammas)):
+        run = motion.run(problem, paths, gammas)
+        before = None
+        for tick, w in enumerate(run.distinct):
+            share = len(paths) / len(w) / total
+            values, slope = problem.value(w), problem.full_gradient(w)
+            lowest = min(lowest, float(values.min()))
+            sums[0, tick] += share * values.sum()
+            sums[1, tick] += share * np.sum(slope**2)
+            if before is not None:
+                earlier, earlier_slope = (spread(rows, len(w)) for rows in before)
+                step = earlier - w
+                length = np.linalg.norm(step, axis=1)
+                scaled = step / gammas[tick - 1]
+                sums[2, tick - 1] += share * np.sum(scaled * earlier_slope)
+                sums[3, tick - 1] += share * np.sum(scaled**2)
+                # Below that length rounding would be divided by next to nothing.
+                far = length > SHORTEST_STEP * (1.0 + np.abs(w).max(initial=0.0))
+                turned = np.linalg.norm(earlier_slope - slope, axis=1)[far] / length[far]
+                steepest = max(steepest, float(turned.max(initial=0.0)))
+            if tick < len(gammas):
+                for i in range(problem.num_samples):
+                    gradient = problem.gradients(w, np.full(len(w), i, dtype=np.int64))
+                    mean = share / problem.num_samples
+                    sums[4, tick] += mean * np.sum(gradient**2)
+                    sums[5, tick] += mean * np.sum((gradient - slope) ** 2)
+            before = w, slope
+    squares, aligned, moved, moments, spreads = sums[1:, :-1]
+    return Expectations(
+        sums[0], squares, aligned, moved, moments, spreads, lowest=lowest, steepest=steepest
+    )
+
+
+def draw_paths(rng: np.random.Generator, num_samples: int, length: int, count: int) -> IntArray:
+    """Return ``count`` sample paths, independent and uniform on all, (count, length).
+
+    >>> draw_paths(np.random.default_rng(0), 2, 3, 2)
+    array([[1, 1, 1],
+           [0, 0, 0]])
+    """
+    return rng.integers(0, num_samples, (count, length), dtype=np.int64)
+
+
+def sampled_averages(
+    motion: Motion,
+    problem: Problem,
+    step_sizes: npt.ArrayLike,
+    first: int,
+    count: int,
+    rng: np.random.Generator,
+) -> FloatArray:
+    """Return sum_t gamma_t ||grad f(w^t)||^2 / sum_t gamma_t over first <= t < T, (count,).
+
+    Each is that of one path drawn at random, so its expectation is the average of the G_t.
+    """
+    gammas = np.asarray(step_sizes, dtype=np.float64)
+    length = len(gammas) * motion.samples_per_iteration
+    size = max(1, BATCH_NUMBERS // (len(gammas) * len(problem.start)))
+    found: list[FloatArray] = []
+    for start in range(0, count, size):
+        part = min(size, count - start)
+        run = motion.run(problem, draw_paths(rng, problem.num_samples, length, part), gammas)
+        total = np.zeros(part)
+        for tick in range(first, len(gammas)):
+            squares = np.sum(problem.full_gradient(run.distinct[tick]) ** 2, axis=1)
+            total += gammas[tick] * spread(squares, part)
+        found.append(total / math.fsum(gammas[first:]))
+    return np.concatenate(found)
+
+
 def mean_squared_gradients(
     schedule: Schedule, problem: Problem, step_sizes: npt.ArrayLike
 ) -> FloatArray:
-    """Return G_t = E||grad f(w^t)||^2 for t = 0..T-1, shape (T,), exactly up to rounding.
+    """Return G_t = E||grad f(w^t)||^2 for t = 0..T-1, shape (T,), see `expectations`.
 
     Raises ValueError if there are too many paths, or as `theory.iterate.iterate` does.
 
@@ -82,21 +192,41 @@ def mean_squared_gradients(
     >>> [round(float(g), 6) for g in mean_squared_gradients(bp(2), one_sided_cosine(), [0.1, 0.1])]
     [1.0, 0.990033]
     """
+    return expectations(Motion(schedule, None), problem, step_sizes).squares
+
+
+def worst_inner_product(motion: Motion, problem: Problem, step_sizes: npt.ArrayLike) -> Step:
+    """Return the t and stage k where E<grad_k f(w^t), grad_k f_i(w^s) - grad_k f(w^s)> is largest.
+
+    s = t - d_k >= 0, i = i(s). ``left`` has grad f_i, ``right`` grad f: equal if i(s) and w^t were
+    independent. Over all sample paths.
+
+    Raises ValueError if there are too many paths, or the motion has no fixed delays.
+    """
     gammas = np.asarray(step_sizes, dtype=np.float64)
-    sums: list[list[float]] = [[] for _ in gammas]
-    total = count_paths(problem.num_samples, len(gammas), schedule.samples_per_iteration)
-    for paths in _batches(schedule, problem, len(gammas)):
-        run = iterate(schedule, problem, paths, gammas)
-        for tick, weights in enumerate(run.distinct[:-1]):
-            squares = float(np.sum(problem.full_gradient(weights) ** 2))
-            sums[tick].append(squares * (len(paths) / len(weights)))
-    return np.array([math.fsum(parts) / total for parts in sums])
+    ticks = range(len(gammas))
+    total = count_paths(problem.num_samples, len(gammas), motion.samples_per_iteration)
+    delays = motion.fixed_delays
+    sums = np.zeros((2, len(delays), len(gammas)))
+    for paths in _batches(motion, problem, len(gammas)):
+        run = motion.run(problem, paths, gammas)
+        full = [problem.full_gradient(run.at(t)) for t in ticks]
+        for s in ticks:
+            gradient = problem.gradients(run.at(s), paths[:, s])
+            for k, (delay, block) in enumerate(zip(delays, problem.blocks, strict=True)):
+                if s + delay < len(gammas):
+                    now = full[s + delay][:, block]
+                    sums[0, k, s + delay] += np.sum(now * gradient[:, block]) / total
+                    sums[1, k, s + delay] += np.sum(now * full[s][:, block]) / total
+    k, t = divmod(int(np.argmax(np.abs(sums[0] - sums[1]))), len(gammas))
+    left, right = map(float, sums[:, k, t])
+    return Step(t, left, right, float(np.abs(sums).max()))
 
 
 def worst_step(
-    schedule: Schedule, problem: Problem, step_sizes: npt.ArrayLike, constant: float
+    motion: Motion, problem: Problem, step_sizes: npt.ArrayLike, constant: float, first: int = 0
 ) -> Step:
-    """Return the step t < T and the w^t that exceed the one-step right side most.
+    """Return the step first <= t < T and the w^t that exceed the one-step right side most.
 
     The condition is the value of w^t: the left side averages over the sample that is drawn next
     and over all histories that lead to the same w^t. Histories are told apart by one generic
@@ -104,24 +234,26 @@ def worst_step(
     inequalities that the statement claims separately, so it can hide a violation, not invent one.
 
     ``constant`` is the c of the right side -(gamma_t/2)||grad f(w^t)||^2 + c.
-    Raises ValueError if there are too many paths, or as `theory.iterate.iterate` does.
+    Raises ValueError if there are too many paths, or as `Motion.run` does.
 
     >>> from ddg_sim.methods import ddg
+    >>> from theory.motion import motion
     >>> from theory.problems import one_sided_cosine
-    >>> worst = worst_step(ddg(2), one_sided_cosine(), [0.01, 0.01], constant=0.0018)
+    >>> run = motion(ddg(2), iterations=2)
+    >>> worst = worst_step(run, one_sided_cosine(), [0.01, 0.01], constant=0.0018)
     >>> worst.t, worst.left, round(worst.right, 12)
     (0, 0.0, -0.0032)
     """
     gammas = np.asarray(step_sizes, dtype=np.float64)
-    count_paths(problem.num_samples, len(gammas), schedule.samples_per_iteration)
+    count_paths(problem.num_samples, len(gammas), motion.samples_per_iteration)
     direction = np.random.default_rng(0).uniform(1.0, 2.0, len(problem.start))
-    siblings = problem.num_samples**schedule.samples_per_iteration
+    siblings = problem.num_samples**motion.samples_per_iteration
     worst = Step(0, -math.inf, math.inf, 0.0)
-    for t in range(len(gammas)):
+    for t in range(first, len(gammas)):
         # Per history i(0..t-1): a projection of w^t, left side, right side, largest |f|.
         parts: list[FloatArray] = []
-        for paths in _batches(schedule, problem, t + 1):
-            run = iterate(schedule, problem, paths, gammas[: t + 1])
+        for paths in _batches(motion, problem, t + 1):
+            run = motion.until(t + 1).run(problem, paths, gammas[: t + 1])
             # The siblings i(t) = 0..n-1 follow each other and share w^t.
             before = run.at(t)[::siblings]
             after = problem.value(run.at(t + 1)).reshape(-1, siblings)
@@ -150,15 +282,15 @@ def _worst_group(t: int, table: FloatArray) -> Step:
     return Step(t, float(lefts[worst]), float(rights[worst]), float(scale.max()))
 
 
-def _batches(schedule: Schedule, problem: Problem, iterations: int) -> Iterator[IntArray]:
+def _batches(motion: Motion, problem: Problem, iterations: int) -> Iterator[IntArray]:
     """Yield all paths of that many iterations in order.
 
     A batch is all continuations of one beginning, for `iterate` computes shared beginnings once.
     Of one iteration's samples it always holds all choices.
     """
-    total = count_paths(problem.num_samples, iterations, schedule.samples_per_iteration)
-    length = iterations * schedule.samples_per_iteration
-    per_iteration = problem.num_samples**schedule.samples_per_iteration
+    total = count_paths(problem.num_samples, iterations, motion.samples_per_iteration)
+    length = iterations * motion.samples_per_iteration
+    per_iteration = problem.num_samples**motion.samples_per_iteration
     size = per_iteration
     while size < total and size * per_iteration * len(problem.start) <= BATCH_NUMBERS:
         size *= per_iteration

@@ -1,7 +1,8 @@
 """What the executor and the checks ask of a problem; nothing here computes anything.
 
 Every array carries a leading batch axis: row p belongs to sample path p. A problem's weights are
-one vector of length ``dim``, cut into one contiguous block per stage.
+one vector of length ``dim``, cut into one contiguous block per stage. Any memory order will do;
+`theory.delays` keeps the paths next to each other in memory (Fortran order).
 """
 
 from typing import Protocol, TypeAlias
@@ -17,7 +18,8 @@ class Problem(Protocol):
     """A finite sum f = (1/n) sum_i f_i with global, proved constants.
 
     ``L``: ||grad f(x) - grad f(y)|| <= L ||x - y|| for all x, y.
-    ``M``: (1/n) sum_i ||grad f_i(w)||^2 <= M for all w (a supremum over w).
+    ``M``: (1/n) sum_i ||grad f_i(w)||^2 <= M for all w (a supremum over w); inf if unbounded.
+    ``variance``: (1/n) sum_i ||grad f_i(w) - grad f(w)||^2 <= variance for all w; inf likewise.
     ``f_star``: f(w) >= f_star for all w.
     """
 
@@ -43,7 +45,11 @@ class Problem(Protocol):
 
     @property
     def M(self) -> float:
-        """Bound on the mean squared norm of a sample's gradient."""
+        """Bound on the mean squared norm of a sample's gradient; inf where there is none."""
+
+    @property
+    def variance(self) -> float:
+        """Bound on the mean squared distance of a sample's gradient from grad f; or inf."""
 
     @property
     def f_star(self) -> float:

@@ -1,58 +1,25 @@
-"""Problems in index form, f_i(w) = sum_e c_ie rho(a_e . w - b_e), and their certified constants."""
+"""Problems in index form, f_i(w) = sum_e c_ie rho(a_e . w; b_e), and their certified constants."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
+from theory.links import Link
 from theory.protocols import FloatArray, IntArray
-
-
-@dataclass(frozen=True)
-class Link:
-    """A scalar function rho >= 0 with rho(0) = 0, and the suprema that certify L and M."""
-
-    name: str
-    value: Callable[[FloatArray], FloatArray]
-    slope: Callable[[FloatArray], FloatArray]
-    sup_slope: float  # sup |rho'|
-    sup_curvature: float  # sup |rho''|
-
-
-def _geman_mcclure_value(r: FloatArray) -> FloatArray:
-    return r * r / (1.0 + r * r)
-
-
-def _geman_mcclure_slope(r: FloatArray) -> FloatArray:
-    return 2.0 * r / (1.0 + r * r) ** 2
-
-
-def _cosine_value(r: FloatArray) -> FloatArray:
-    # 2 sin^2(r/2) instead of 1 - cos r: no cancellation near the minimum.
-    return 2.0 * np.sin(0.5 * r) ** 2
-
-
-# rho' is largest where (1 + r^2) = 4 r^2, r = 1/sqrt 3: 2 r / (4/3)^2 = 3 sqrt 3 / 8.
-# rho'' = (2 - 6 r^2) / (1 + r^2)^3 falls from 2 (r = 0) to -1/2 (r = 1) and rises to 0.
-GEMAN_MCCLURE = Link(
-    "geman-mcclure", _geman_mcclure_value, _geman_mcclure_slope, 3.0 * math.sqrt(3.0) / 8.0, 2.0
-)
-COSINE = Link("cosine", _cosine_value, np.sin, 1.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
 class RidgeSum:
-    """f_i(w) = sum_e coefficients[i, e] * rho(rows[e] . w - offsets[e]), f = (1/n) sum_i f_i.
+    """f_i(w) = sum_e coefficients[i, e] * rho(rows[e] . w; offsets[e]), f = (1/n) sum_i f_i.
 
     Shapes: ``rows`` (E, dim), ``offsets`` (E,), ``coefficients`` (n, E), ``start`` (dim,).
     The mean coefficients must be non-negative (single ones need not be): with rho >= 0 this
-    makes ``f_star = 0`` a lower bound, attained where a point w* has rows @ w* = offsets.
+    makes ``f_star = 0`` a lower bound, attained where every term is zero (see `theory.links`).
 
     Raises ValueError where the shapes disagree or a mean coefficient is negative.
 
-    >>> import numpy as np
+    >>> from theory.links import COSINE
     >>> eye = np.eye(1)
     >>> f = RidgeSum("one", COSINE, eye, np.zeros(1), eye, np.zeros(1), (slice(0, 1),))
     >>> float(f.value(np.array([[np.pi]]))[0]), f.L, f.M
@@ -123,23 +90,39 @@ class RidgeSum:
                 total += len(scaled) * float(np.linalg.eigvalsh(scaled @ scaled.T)[-1])
         return self.link.sup_slope**2 * total / self.num_samples
 
+    @cached_property
+    def variance(self) -> float:
+        """min(M, sup|rho'|^2 * min(sum_ef |Q_ef|, E lambda_max(Q))), Q = (A A^T) * Cov(c).
+
+        Derived here: grad f_i - grad f = A^T (C_i - Cbar) s, whose mean square is s^T Q s with
+        Q_ef = (a_e . a_f) Cov_i(c_ie, c_if) and |s_e| <= sup|rho'|; and a variance is at most the
+        second moment. Attained if signs sigma_e sigma_f Q_ef >= 0 exist and the rows are
+        independent, for instance by two samples with one term each.
+        """
+        spread = self.coefficients - self._mean_coefficients
+        q = (self.rows @ self.rows.T) * (spread.T @ spread) / self.num_samples
+        largest = min(np.abs(q).sum(), len(q) * max(0.0, np.linalg.eigvalsh(q)[-1]))
+        return min(self.M, self.link.sup_slope**2 * float(largest))
+
     def value(self, w: FloatArray) -> FloatArray:
         """Return f(w), shape (P,), for w of shape (P, dim)."""
-        result: FloatArray = self.link.value(self._residuals(w)) @ self._mean_coefficients
+        values = self.link.value(self.rows @ w.T, self.offsets[:, None])
+        result: FloatArray = self._mean_coefficients @ values
         return result
 
     def gradients(self, w: FloatArray, sample: IntArray) -> FloatArray:
         """Return row p = grad f_{sample[p]}(w[p]), shape (P, dim)."""
-        slopes = self.link.slope(self._residuals(w))
-        result: FloatArray = (slopes * self.coefficients[sample]) @ self.rows
-        return result
+        weighted = self.link.slope(self.rows @ w.T, self.offsets[:, None])
+        weighted *= self._by_term.take(sample, axis=1)
+        result: FloatArray = self.rows.T @ weighted
+        return result.T
 
     def full_gradient(self, w: FloatArray) -> FloatArray:
         """Return grad f, shape (P, dim)."""
-        slopes = self.link.slope(self._residuals(w))
-        result: FloatArray = (slopes * self._mean_coefficients) @ self.rows
-        return result
+        slopes = self.link.slope(self.rows @ w.T, self.offsets[:, None])
+        result: FloatArray = (self.rows.T * self._mean_coefficients) @ slopes
+        return result.T
 
-    def _residuals(self, w: FloatArray) -> FloatArray:
-        result: FloatArray = w @ self.rows.T - self.offsets
-        return result
+    @cached_property
+    def _by_term(self) -> FloatArray:
+        return np.ascontiguousarray(self.coefficients.T)

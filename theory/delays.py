@@ -1,0 +1,149 @@
+"""Delayed gradients with any delays: fixed, changing with time, or drawn for every path.
+
+    w_k^{t+1} = w_k^t - gamma_t grad_k f_{i(t - d_k(t))}(w^{t - d_k(t)}),  nothing while t < d_k(t).
+
+Every delay refers to a gradient of the past, and every sample has one: it is computed once, whole,
+at the tick whose weights it is taken at, and kept in a ring as long as a delay may ask for it.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from theory.iterate import Trajectory, require_paths, require_steps
+from theory.protocols import FloatArray, IntArray, Problem
+
+#: Given (T, K, P), returns the delays of stage k in tick t on path p, of that shape.
+DelayLaw: TypeAlias = Callable[[tuple[int, int, int]], npt.NDArray[np.integer]]
+
+#: Paths are taken in groups whose ring and temporaries (64-bit numbers) stay in a core's cache.
+GROUP_NUMBERS = 2**15
+SMALLEST_GROUP = 128
+
+
+def delayed(
+    problem: Problem,
+    delays: npt.ArrayLike | DelayLaw,
+    paths: npt.NDArray[np.integer],
+    step_sizes: npt.ArrayLike,
+    momentum: float = 0.0,
+) -> Trajectory:
+    """Run T ticks of delayed gradients on ``problem`` along P sample paths.
+
+    Args:
+        problem: K blocks.
+        delays: in ticks, at least 0 and at most T: d_k, shape (K,); or d_k(t), shape (T, K); or
+            of every path, shape (T, K, P); or a law that returns the latter, such as
+            `uniform_delays`. A gradient may be used several times, or never.
+        paths: (P, T) sample indices in [0, num_samples).
+        step_sizes: (T,) positive; entry t applies to the updates made in tick t.
+        momentum: beta; every tick v <- beta v + gradient (if any has come), w <- w - gamma_t v.
+
+    Returns:
+        The trajectory, ``w`` of shape (T + 1, P, dim).
+
+    Raises:
+        ValueError: naming the argument and what is wrong with it.
+
+    >>> from theory.problems import one_sided_cosine
+    >>> run = delayed(one_sided_cosine(), [1, 0], np.zeros((1, 3), dtype=int), [0.1, 0.1, 0.1])
+    >>> [round(float(w_1), 6) for w_1 in run.w[:, 0, 0]]  # idle in the first tick
+    [1.570796, 1.570796, 1.470796, 1.370796]
+    """
+    gammas = require_steps(step_sizes)
+    samples = require_paths(problem, np.asarray(paths), len(gammas))
+    shape = len(gammas), len(problem.blocks), len(samples)
+    lags = _require_delays(delays, shape)
+    # One array (T + 1, dim, P) and not P rows: a weight's numbers for all paths lie together.
+    weights = np.empty((len(gammas) + 1, len(problem.start), len(samples)))
+    group = _group_size(len(problem.start), int(lags.max()), len(samples))
+    for first in range(0, len(samples), group):
+        part = slice(first, first + group)
+        mine = lags[:, :, part] if lags.ndim == 3 else lags
+        for tick, w in enumerate(_ticks(problem, mine, samples[part], gammas, momentum)):
+            weights[tick, :, part] = w
+    return Trajectory(tuple(w.T for w in weights), num_paths=len(samples))
+
+
+def uniform_delays(longest: int, seed: int) -> DelayLaw:
+    """Return a law of independent delays, uniform on 0..``longest`` (and at most the tick's T).
+
+    Raises ValueError if ``longest`` is negative.
+
+    >>> uniform_delays(2, seed=0)((1, 2, 4))
+    array([[[2, 1, 1, 0],
+            [0, 0, 0, 0]]])
+    """
+    if longest < 0:
+        raise ValueError(f"longest must be at least 0, got {longest}")
+    return lambda shape: np.random.default_rng(seed).integers(0, longest + 1, shape)
+
+
+def _ticks(
+    problem: Problem, delays: IntArray, paths: IntArray, gammas: FloatArray, beta: float
+) -> Iterator[FloatArray]:
+    """Yield w^0, ..., w^T, each (dim, P); the array is used again for the next."""
+    blocks, count = problem.blocks, len(paths)
+    w = np.repeat(problem.start[:, None], count, axis=1)
+    scratch = np.empty_like(w)
+    ring = np.empty((min(int(delays.max()), len(gammas) - 1) + 1, *w.shape))
+    runs = [_runs(row, blocks) for row in delays] if delays.ndim == 2 else []
+    draws = np.ascontiguousarray(paths.T)
+    lane = np.arange(count)
+    velocity = np.zeros_like(w)
+    yield w
+    for t, gamma in enumerate(gammas):
+        before = w.copy() if beta else w
+        ring[t % len(ring)] = problem.gradients(w.T, draws[t]).T
+        if runs:
+            for delay, block in runs[t]:
+                if delay <= t:
+                    part = scratch[block]
+                    np.multiply(ring[(t - delay) % len(ring), block], gamma, out=part)
+                    w[block] -= part
+        else:
+            flat = ring.reshape(-1)
+            for k, block in enumerate(blocks):
+                delay = delays[t, k]
+                step = np.where(delay <= t, gamma, 0.0)
+                place = (t - np.minimum(delay, t)) % len(ring) * w.size + lane
+                for j in range(block.start, block.stop):
+                    w[j] -= step * flat.take(place + j * count)
+        if beta:
+            w -= gamma * beta * velocity
+            velocity = (before - w) / gamma
+        yield w
+
+
+def _runs(delays: IntArray, blocks: tuple[slice, ...]) -> list[tuple[int, slice]]:
+    """Return (delay, weights) with neighbouring stages of the same delay taken together."""
+    found: list[tuple[int, slice]] = []
+    for delay, block in zip(delays.tolist(), blocks, strict=True):
+        if found and found[-1][0] == delay:
+            block = slice(found.pop()[1].start, block.stop)
+        found.append((delay, block))
+    return found
+
+
+def _group_size(dim: int, longest: int, paths: int) -> int:
+    return min(paths, max(SMALLEST_GROUP, GROUP_NUMBERS // (dim * (min(longest, 32) + 4))))
+
+
+def _require_delays(delays: npt.ArrayLike | DelayLaw, shape: tuple[int, int, int]) -> IntArray:
+    """Return the delays as integers, (T, K) or (T, K, P)."""
+    found = np.asarray(delays(shape) if callable(delays) else delays)
+    ticks, stages, _ = shape
+    if found.shape not in {(stages,), (ticks, stages), shape}:
+        raise ValueError(
+            f"delays must have shape ({stages},), {(ticks, stages)} or {shape}, got {found.shape}"
+        )
+    if not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"delays must be whole ticks, got {found.dtype}")
+    if found.min() < 0:
+        raise ValueError(f"delays must be at least 0, got {found.min()}")
+    if found.max() > ticks:
+        raise ValueError(f"delays must be at most the {ticks} ticks of the run, got {found.max()}")
+    result: IntArray = np.broadcast_to(found, (ticks, stages)) if found.ndim == 1 else found
+    return result
