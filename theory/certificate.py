@@ -9,8 +9,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ddg_sim.files import read_text, replacing
+from ddg_sim.notation import parse, render
 from ddg_sim.profile import first_problem
-from ddg_sim.schedule import Schedule, parse, render
+from ddg_sim.schedule import Schedule
 from theory.bounds import STATEMENTS
 from theory.check import MonteCarlo, Report, Verdict, check
 from theory.links import (
