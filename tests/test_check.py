@@ -16,6 +16,9 @@ from theory.check import Verdict, check
 from theory.paths import count_paths, mean_squared_gradients, sample_paths, worst_step
 from theory.problems import PROBLEMS, make, one_sided_cosine, opposed_cosines
 
+#: The families with a finite M, without which the statements have no right side.
+BOUNDED = [name for name in PROBLEMS if math.isfinite(make(name, 1).M)]
+
 
 def naive_runs(problem, gamma, ticks):
     """All paths of DDG one by one, as (path, [w^0, ..., w^T])."""
@@ -112,14 +115,14 @@ def test_lemma1_on_kuramoto_is_violated_in_the_warm_up():
 
 
 def test_lemma1_holds_without_delay():
-    for name, gamma in itertools.product(PROBLEMS, (1e-3, 0.1, 0.5)):
+    for name, gamma in itertools.product(BOUNDED, (1e-3, 0.1, 0.5)):
         assert check("lemma1", make(name, 1), ddg(1), gamma, 6).verdict == "VERIFIED"
 
 
 # --- Enumeration against a loop over single paths -------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("samples", [1, 2, 3])
 def test_mean_squared_gradients_against_single_paths(name, stages, samples):
@@ -135,7 +138,7 @@ def test_mean_squared_gradients_against_single_paths(name, stages, samples):
     assert report.paths == samples**4
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("samples", [1, 2, 3])
 @pytest.mark.parametrize("gamma", [1e-3, 0.1])
@@ -169,7 +172,7 @@ def test_equal_samples_are_one_sample():
     assert one == two
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", BOUNDED)
 def test_batches_do_not_show(name, monkeypatch):
     problem, gammas = make(name, 2), np.full(7, 0.2)
     squares = mean_squared_gradients(ddg(2), problem, gammas)
@@ -212,7 +215,7 @@ def test_sample_paths_are_all_there_once_in_order():
 
 
 @pytest.mark.parametrize("key", ["theorem1", "theorem2", "theorem-a"])
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_theorems_hold_in_total_expectation(key, name, stages):
     for gamma in (1e-3, 0.02, 0.1):
