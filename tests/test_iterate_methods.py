@@ -212,7 +212,7 @@ def test_a_method_is_its_recursion(case, name):
     )
     for p, path in enumerate(paths):
         # The last samples' errors meet newer samples than the run has; they are not compared.
-        longer = np.append(path, [0] * max(more.get("delay", [0])))
+        longer = np.pad(path, (0, max(more.get("delay", [0]))))
         V = Recursion(chain, longer, m, gamma, **{"reads": reads} | more).run()
         for k in range(STAGES):
             expected = [V[k][updates_by(order, m, k, t)] for t in range(ticks + 1)]
