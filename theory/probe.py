@@ -178,7 +178,8 @@ def _climb(measure: Callable[[FloatArray], FloatArray], start: FloatArray) -> Fl
         plus, minus = np.split(values[1:], 2)
         return -float(values[0]), -(plus - minus) / 2e-6
 
-    found = minimize(value_and_slope, start, jac=True, method="L-BFGS-B", options={"maxiter": 40})
+    # Not L-BFGS-B: on these few weights it spent its time waiting for threads of the BLAS.
+    found = minimize(value_and_slope, start, jac=True, method="BFGS", options={"maxiter": 40})
     result: FloatArray = found.x if np.isfinite(found.x).all() else start
     return result
 
