@@ -11,10 +11,11 @@ catalogue of all methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 from inspect import signature
+from itertools import pairwise
 
 from ddg_sim.asynchronous import pipedream, pipedream_2bw, spectrain, xpipe
 from ddg_sim.decoupled import (
@@ -82,7 +83,10 @@ def bp(num_stages: int) -> Schedule:
 
 
 def ddg(
-    num_stages: int, sync: Sync = Sync.NONE, semantics: Semantics = Semantics.STASH
+    num_stages: int,
+    sync: Sync = Sync.NONE,
+    semantics: Semantics = Semantics.STASH,
+    delays: Sequence[int] | None = None,
 ) -> Schedule:
     """Decoupled delayed gradients (Huo, Gu, Yang, Huang, ICML 2018, arXiv 1804.10574).
 
@@ -101,6 +105,16 @@ def ddg(
         sync: BARRIER is the paper's cost model, MAILBOX the released code's loop, NONE neither;
             the weights are the same bit for bit.
         semantics: at which weights the delayed sample is differentiated.
+        delays: d_0 >= ... >= d_{K-1} >= 0, in iterations; None takes K-1, ..., 0. They must not
+            grow: a stage's error comes from the next one.
+
+    Raises:
+        ValueError: if there are not K delays, or they are not such.
+
+    >>> print(ddg(2, delays=(3, 1)))
+    ddg stages=2 sync=none activations=graph jacobian=stashed samples=1
+    worker 0: F0(t) B0(t-3) U0(t-3)
+    worker 1: F1(t) B1(t-1) U1(t-1)
 
     >>> print(ddg(2, Sync.BARRIER, Semantics.REPLAY))
     ddg stages=2 sync=barrier activations=input jacobian=current samples=1
@@ -108,8 +122,14 @@ def ddg(
     worker 1: F1(t) R1(t) B1(t) U1(t)
     """
 
+    lags = tuple(reversed(range(num_stages))) if delays is None else tuple(delays)
+    if len(lags) != num_stages or any(a < b for a, b in pairwise((*lags, 0))):
+        raise ValueError(
+            f"delays must be {num_stages} numbers that do not grow, at least 0, got {lags}"
+        )
+
     def program(k: int) -> list[OpTemplate]:
-        sample = k - (num_stages - 1)
+        sample = -lags[k]
         replay = [recompute(k, sample)] if semantics is Semantics.REPLAY else []
         return [forward(k), *replay, backward(k, sample), update(k, sample)]
 

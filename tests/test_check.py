@@ -19,6 +19,7 @@ from theory.paths import count_paths, mean_squared_gradients, sample_paths, wors
 from theory.problems import PROBLEMS, make, one_sided_cosine, opposed_cosines
 from theory.statement import Constants
 
+#: The families with a finite M, without which the statements have no right side.
 BOUNDED = [name for name in PROBLEMS if math.isfinite(make(name, 1).M)]
 
 
@@ -124,7 +125,7 @@ def test_lemma1_holds_without_delay():
 # --- Enumeration against a loop over single paths -------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("samples", [1, 2, 3])
 def test_mean_squared_gradients_against_single_paths(name, stages, samples):
@@ -140,7 +141,7 @@ def test_mean_squared_gradients_against_single_paths(name, stages, samples):
     assert report.paths == samples**4
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("samples", [1, 2, 3])
 @pytest.mark.parametrize("gamma", [1e-3, 0.1])
@@ -174,7 +175,7 @@ def test_equal_samples_are_one_sample():
     assert one == two
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", BOUNDED)
 def test_batches_do_not_show(name, monkeypatch):
     problem, gammas = make(name, 2), np.full(7, 0.2)
     squares = mean_squared_gradients(ddg(2), problem, gammas)
@@ -229,7 +230,7 @@ def test_theorems_hold_in_total_expectation(key, name, stages):
 
 
 @given(
-    name=st.sampled_from(sorted(BOUNDED)),
+    name=st.sampled_from(BOUNDED),
     stages=st.integers(1, 4),
     samples=st.integers(1, 3),
     seed=st.integers(0, 20),

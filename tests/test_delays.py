@@ -9,7 +9,7 @@ from noisy_quadratic import NoisyQuadratic, damping
 from ddg_sim.methods import ddg
 from theory import delays as module
 from theory.delays import delayed, uniform_delays
-from theory.iterate import iterate
+from theory.iterate import iterate, snapshot_delays
 from theory.problems import PROBLEMS, make
 
 
@@ -61,6 +61,25 @@ def test_ddg_is_the_case_of_delays_from_k_minus_1_to_0(run):
     np.testing.assert_allclose(
         delayed(problem, lags, samples, gammas).w, expected, atol=1e-15, rtol=1e-15
     )
+
+
+@given(runs())
+@settings(deadline=None, max_examples=40)
+def test_a_schedule_with_delays_that_do_not_grow_does_the_same(run):
+    problem, samples, gammas, rng = run
+    lags = np.sort(rng.integers(0, len(gammas) + 1, len(problem.blocks)))[::-1]
+    schedule = ddg(len(lags), delays=lags.tolist())
+    assert snapshot_delays(schedule) == tuple(lags)
+    expected = iterate(schedule, problem, samples, gammas).w
+    np.testing.assert_allclose(
+        delayed(problem, lags, samples, gammas).w, expected, atol=1e-14, rtol=0
+    )
+
+
+@pytest.mark.parametrize("delays", [(1, 2, 0), (2, 1), (1, 0, -1)])
+def test_delays_that_no_schedule_has(delays):
+    with pytest.raises(ValueError, match="delays must be 3 numbers that do not grow, at least 0"):
+        ddg(3, delays=delays)
 
 
 @pytest.mark.parametrize("form", ["fixed", "by path"])

@@ -1,5 +1,5 @@
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from noisy_quadratic import NoisyQuadratic, damping, stability_limit
 
 from ddg_sim.methods import Semantics, bp, ddg
 from ddg_sim.rule import Jacobian, Rule
-from ddg_sim.schedule import OpKind, OpTemplate, Schedule, backward, forward, update
+from ddg_sim.schedule import Schedule, backward, forward, update
 from theory.chain import Chain
 from theory.iterate import iterate, snapshot_delays
 from theory.paths import sample_paths
@@ -255,12 +255,6 @@ def test_errors_name_argument_and_value():
         iterate(ddg(2), problem, good + 2, steps)
     with pytest.raises(ValueError, match="paths must hold integers, got float64"):
         iterate(ddg(2), problem, good * 1.0, steps)
-
-
-def test_operations_without_a_meaning_here_are_refused():
-    bodies = ((*ddg(1).workers[0], OpTemplate(OpKind.ALL_REDUCE, 0)),)
-    with pytest.raises(ValueError, match="has no meaning for the NumPy executor"):
-        iterate(replace(ddg(1), workers=bodies), make("kuramoto", 1), np.array([[0]]), [0.1])
 
 
 def test_a_deadlock_is_reported():

@@ -617,12 +617,9 @@ def test_executors_run_or_refuse(schedule):
     stages = schedule.num_stages
     problem = make("rotation-chain", stages)
     ticks = schedule.num_ticks(0) + 2
-    path = np.zeros((1, ticks * schedule.samples_per_iteration), dtype=int)
-    if iterable(schedule):
-        assert np.all(np.isfinite(iterate(schedule, problem, path, np.full(ticks, 0.1)).w))
-    else:
-        with pytest.raises(ValueError, match=r"NumPy executor"):
-            iterate(schedule, problem, path, np.full(ticks, 0.1))
+    samples = ticks * schedule.samples_per_iteration * schedule.replicas
+    path = np.zeros((1, samples), dtype=int)
+    assert np.all(np.isfinite(iterate(schedule, problem, path, np.full(ticks, 0.1)).w))
     modules = toy_stages(stages)
 
     def build():

@@ -19,7 +19,7 @@ from theory.protocols import FloatArray, IntArray, Problem
 DelayLaw: TypeAlias = Callable[[tuple[int, int, int]], npt.NDArray[np.integer]]
 
 #: Paths are taken in groups whose ring and temporaries (64-bit numbers) stay in a core's cache.
-GROUP_NUMBERS = 2**15
+GROUP_NUMBERS = 2**16
 SMALLEST_GROUP = 128
 
 
@@ -88,7 +88,10 @@ def _ticks(
     blocks, count = problem.blocks, len(paths)
     w = np.repeat(problem.start[:, None], count, axis=1)
     scratch = np.empty_like(w)
-    ring = np.empty((min(int(delays.max()), len(gammas) - 1) + 1, *w.shape))
+    # A power of two: slots are found without a division.
+    size = 1 << min(int(delays.max()), len(gammas) - 1).bit_length()
+    ring = np.zeros((size, *w.shape))
+    flat, slots = ring.reshape(-1), size - 1
     runs = [_runs(row, blocks) for row in delays] if delays.ndim == 2 else []
     draws = np.ascontiguousarray(paths.T)
     lane = np.arange(count)
@@ -96,21 +99,22 @@ def _ticks(
     yield w
     for t, gamma in enumerate(gammas):
         before = w.copy() if beta else w
-        ring[t % len(ring)] = problem.gradients(w.T, draws[t]).T
-        if runs:
-            for delay, block in runs[t]:
-                if delay <= t:
-                    part = scratch[block]
-                    np.multiply(ring[(t - delay) % len(ring), block], gamma, out=part)
-                    w[block] -= part
-        else:
-            flat = ring.reshape(-1)
-            for k, block in enumerate(blocks):
-                delay = delays[t, k]
-                step = np.where(delay <= t, gamma, 0.0)
-                place = (t - np.minimum(delay, t)) % len(ring) * w.size + lane
-                for j in range(block.start, block.stop):
-                    w[j] -= step * flat.take(place + j * count)
+        ring[t & slots] = problem.gradients(w.T, draws[t]).T
+        for delay, block in runs[t] if runs else ():
+            if delay <= t:
+                part = scratch[block]
+                np.multiply(ring[(t - delay) & slots, block], gamma, out=part)
+                w[block] -= part
+        for k, block in enumerate(blocks) if not runs else ():
+            delay = delays[t, k].astype(np.int64)
+            place = ((t - delay) & slots) * w.size
+            place += lane
+            steps = gamma * (delay <= t) if t <= slots else gamma
+            for j in range(block.start, block.stop):
+                part = scratch[j]
+                flat.take(place + j * count, out=part, mode="clip")
+                part *= steps
+                w[j] -= part
         if beta:
             w -= gamma * beta * velocity
             velocity = (before - w) / gamma

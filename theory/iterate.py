@@ -1,20 +1,22 @@
 """The NumPy executor: runs a schedule on an analytic problem, all sample paths at once.
 
-It follows the operations and nothing else. Which weights an operation reads is what the operation
-says, so stash, current and replay need no case of their own, and no method is written down twice.
+It follows the operations and the rule's data and nothing else: every method of the catalogue runs
+here, and none is written down twice.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from ddg_sim.rule import Gradient
 from ddg_sim.schedule import Op, OpKind, Schedule, steady_iterations
-from theory.gradients import align, engine_for, spread
+from theory.gradients import engine_for
 from theory.protocols import FloatArray, IntArray, Problem
+from theory.rows import align, columns, spread
+from theory.weights import StageWeights, Version, require_meaning, tied_stages
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,8 @@ def iterate(
     problem: Problem,
     paths: npt.NDArray[np.integer],
     step_sizes: npt.ArrayLike,
+    *,
+    momentum: float = 0.0,
 ) -> Trajectory:
     """Run T ticks of ``schedule`` on ``problem`` along every sample path, without a drain.
 
@@ -52,10 +56,15 @@ def iterate(
             the weights its operation reads. Any other problem has no activations to go stale:
             block k is updated with block k of grad f_i at the weights that the sample's forward
             passes read, so the schedule must differentiate at those weights.
-        paths: (P, T * samples_per_iteration) sample indices in [0, num_samples); column s is
-            sample s of the schedule.
+        paths: (P, T * samples_per_iteration * replicas) sample indices in [0, num_samples);
+            column s R + r is the schedule's sample s on replica r of R.
         step_sizes: (T,) positive; entry t applies to the updates made in tick t. Several
             backward passes before one update are averaged.
+        momentum: m in [0, 1) of v <- m v + g, w <- w - gamma v. Predictions extrapolate along v,
+            so with m = 0 along the last gradient. An update that is skipped leaves v as it is.
+
+    Tied stages start from the weights of the first of the two, and each has a v of its own. A
+    local loss is the problem's own loss at the stage's output.
 
     Returns:
         The trajectory, ``w`` of shape (T + 1, P, dim). What neighbouring paths share (a common
@@ -63,9 +72,9 @@ def iterate(
         about n^T steps, not T n^T.
 
     Raises:
-        ValueError: if shapes or values disagree (the message names the argument), if the schedule
-            uses operations that this executor has no meaning for, if it differentiates at other
-            weights than its forward pass on a problem without stages, or if it deadlocks.
+        ValueError: if shapes or values disagree (the message names the argument), if it needs
+            stages or inverses of stages that the problem does not have, if parts of its rule
+            contradict one another, or if it deadlocks.
 
     >>> import numpy as np
     >>> from ddg_sim.methods import ddg
@@ -76,25 +85,36 @@ def iterate(
     """
     gammas = require_steps(step_sizes)
     samples = _validate(schedule, problem, np.asarray(paths), gammas)
-    engine = engine_for(problem, samples)
-    weights = [_Stage([problem.start[None, block]]) for block in problem.blocks]
-    done: set[tuple[OpKind, int, int]] = set()
-    programs = [
-        schedule.program(worker, len(gammas), drain=False)
-        for worker in range(len(schedule.workers))
+    if not 0.0 <= momentum < 1.0:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    draws, rule, tied = columns(samples), schedule.rule, tied_stages(schedule)
+    engines = [
+        engine_for(problem, rule, draws[r :: schedule.replicas]) for r in range(schedule.replicas)
     ]
-    for op in _data_driven(programs, done, weights):
-        stage = weights[op.stage]
+    stages = [
+        StageWeights(k, rule, gammas, momentum, [Version(start)])
+        for k, start in enumerate(_starts(problem, tied))
+    ]
+    done: set[tuple[OpKind, int, int]] = set()
+    for op in _data_driven(schedule, len(gammas), done, stages):
+        stage = stages[op.stage]
         if op.kind is OpKind.UPDATE:
-            stage.apply(gammas[op.iteration], op)
-        elif op.kind is OpKind.BACKWARD:
-            stage.pending[op.sample] = engine.backward(op, stage.versions[op.version])
+            made = stage.apply(op)
+            if tied and op.stage in tied:
+                stages[sum(tied) - op.stage].share(made, op.iteration)
+        elif op.kind is OpKind.ALL_REDUCE:
+            stage.reduce(op)
         else:
-            engine.forward(op, stage.versions[op.version])
+            w_k = stage.read(op)
+            for engine in engines:
+                if op.kind in (OpKind.FORWARD, OpKind.RECOMPUTE):
+                    engine.forward(op, w_k)
+                elif (gradient := engine.backward(op, w_k)) is not None:
+                    stage.pending.setdefault(op.sample, []).append(gradient)
         done.add((op.kind, op.stage, op.sample))
     ticks = range(len(gammas) + 1)
     return Trajectory(
-        tuple(np.concatenate(align(*(k.at(tick) for k in weights)), axis=1) for tick in ticks),
+        tuple(np.concatenate(align(*(k.at(tick) for k in stages)), axis=1) for tick in ticks),
         num_paths=len(samples),
     )
 
@@ -135,34 +155,35 @@ def snapshot_delays(schedule: Schedule) -> tuple[int, ...]:
     return tuple(delays.pop() for delays in found)
 
 
-@dataclass(eq=False)
-class _Stage:
-    """One stage's weights, version by version, and the gradients that wait for its update."""
-
-    versions: list[FloatArray]
-    ticks: list[int] = field(default_factory=list)  # in which version 1, 2, … was produced
-    pending: dict[int, FloatArray] = field(default_factory=dict)  # by sample
-
-    def apply(self, gamma: float, update: Op) -> None:
-        """Apply the mean gradient of all samples up to the update's."""
-        samples = [sample for sample in sorted(self.pending) if sample <= update.sample]
-        newest, *gradients = align(self.versions[-1], *map(self.pending.pop, samples))
-        self.versions.append(newest - gamma * (sum(gradients) / len(gradients)))
-        self.ticks.append(update.iteration)
-
-    def at(self, tick: int) -> FloatArray:
-        return self.versions[bisect_left(self.ticks, tick)]
+def _starts(problem: Problem, tied: tuple[int, int] | None) -> list[FloatArray]:
+    """Return every stage's first weights, shape (1, block); tied stages share the first one's."""
+    starts = [problem.start[None, block] for block in problem.blocks]
+    if tied is not None:
+        sizes = [starts[k].shape[1] for k in tied]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"schedule: tied stages {tied} need blocks of one size, problem has {sizes[0]} "
+                f"and {sizes[1]} weights there"
+            )
+        starts[tied[1]] = starts[tied[0]]
+    return starts
 
 
 def _data_driven(
-    programs: list[Iterator[Op]], done: set[tuple[OpKind, int, int]], weights: list[_Stage]
+    schedule: Schedule,
+    iterations: int,
+    done: set[tuple[OpKind, int, int]],
+    stages: list[StageWeights],
 ) -> Iterator[Op]:
     """Yield the workers' operations in an order in which each finds its inputs."""
+    workers = range(len(schedule.workers))
+    programs = [schedule.program(worker, iterations, drain=False) for worker in workers]
     heads = [next(program, None) for program in programs]
+    local = schedule.rule.gradient is Gradient.LOCAL
     while any(heads):
         progress = False
         for worker, program in enumerate(programs):
-            while (op := heads[worker]) is not None and _ready(op, done, weights):
+            while (op := heads[worker]) is not None and _ready(op, done, stages, local):
                 yield op
                 heads[worker] = next(program, None)
                 progress = True
@@ -171,21 +192,28 @@ def _data_driven(
             raise ValueError(f"schedule deadlocks: {waiting} wait for each other")
 
 
-def _ready(op: Op, done: set[tuple[OpKind, int, int]], weights: list[_Stage]) -> bool:
-    stage = weights[op.stage]
-    if op.kind is OpKind.UPDATE:
-        return op.sample in stage.pending and op.version == len(stage.versions)
-    if op.version >= len(stage.versions):
+def _ready(
+    op: Op, done: set[tuple[OpKind, int, int]], stages: list[StageWeights], local: bool
+) -> bool:
+    def after(stage: int, *kinds: OpKind) -> bool:
+        return any((kind, stage, op.sample) in done for kind in kinds)
+
+    versions = len(stages[op.stage].versions)
+    if op.kind in (OpKind.UPDATE, OpKind.ALL_REDUCE):
+        # A stage's gradients are computed by the worker that applies them: program order will do.
+        return op.sample in stages[op.stage].pending and op.version <= versions
+    if op.version >= versions:
         return False
     if op.kind is OpKind.FORWARD:
-        return op.stage == 0 or (op.kind, op.stage - 1, op.sample) in done
-    if (OpKind.FORWARD, op.stage, op.sample) not in done:
+        return op.stage == 0 or after(op.stage - 1, OpKind.FORWARD)
+    if op.kind is OpKind.RECOMPUTE:
+        return after(op.stage, OpKind.FORWARD)
+    if op.kind is OpKind.BACKWARD_WEIGHT:
+        return after(op.stage, OpKind.BACKWARD_INPUT)
+    if not after(op.stage, OpKind.FORWARD):
         return False
-    last = op.stage + 1 == len(weights)
-    return op.kind is OpKind.RECOMPUTE or last or (op.kind, op.stage + 1, op.sample) in done
-
-
-_UNDERSTOOD = {OpKind.FORWARD, OpKind.RECOMPUTE, OpKind.BACKWARD, OpKind.UPDATE}
+    last = op.stage + 1 == len(stages)
+    return last or local or after(op.stage + 1, OpKind.BACKWARD, OpKind.BACKWARD_INPUT)
 
 
 def _validate(
@@ -196,13 +224,9 @@ def _validate(
             f"schedule has {schedule.num_stages} stages, problem {problem.name!r} has "
             f"{len(problem.blocks)} blocks"
         )
-    if part := schedule.rule.unusual():
-        # Better no answer than one that leaves out a gradient transform.
-        raise ValueError(f"schedule {schedule.method!r}: the NumPy executor does not know {part}")
-    for template in schedule.templates():
-        if template.kind not in _UNDERSTOOD:
-            raise ValueError(f"schedule: {template} has no meaning for the NumPy executor")
-    return require_paths(problem, paths, len(gammas) * schedule.samples_per_iteration)
+    require_meaning(schedule)
+    samples = schedule.samples_per_iteration * schedule.replicas
+    return require_paths(problem, paths, len(gammas) * samples)
 
 
 def require_steps(step_sizes: npt.ArrayLike) -> FloatArray:

@@ -84,3 +84,10 @@ class LayeredProblem(Problem, Protocol):
 
     def loss_gradient(self, h: FloatArray, sample: IntArray) -> FloatArray:
         """Return d loss / d h at the last stage's output h, shape (P, width)."""
+
+
+class ReversibleProblem(LayeredProblem, Protocol):
+    """A chain whose stages can give their input back, as methods without stored activations ask."""
+
+    def inverse(self, stage: int, w_k: FloatArray, h: FloatArray) -> FloatArray:
+        """Return the stage's input, shape (P, width), for weights w_k (P, block) and output h."""
