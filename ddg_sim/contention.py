@@ -153,8 +153,8 @@ def _overlap(timeline: Timeline) -> Overlap:
         starts, ends = (np.bincount(at[same], minlength=moments.size) for at in (first, last))
         running = np.cumsum(starts - ends)[:-1]
         anyone, others = since_start(running), since_start(np.maximum(running - 1, 0))
-        together = np.where(same, others[last] - others[first], anyone[last] - anyone[first])
-        for key, overlap in zip(keys, per_place(together), strict=True):
+        meanwhile = np.where(same, others[last] - others[first], anyone[last] - anyone[first])
+        for key, overlap in zip(keys, per_place(meanwhile), strict=True):
             shared[key][kind] += overlap / (len(schedule.workers) - 1)
     return {
         key: {kind: overlap / seconds for kind, overlap in shared[key].items()}

@@ -848,7 +848,6 @@ def test_the_module_runs_as_a_command(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("time limits")
 def test_ctrl_c_ends_a_run_at_once(tmp_path: Path):
     words = "train ddg --stages 2 --model mlp --executor distributed --iterations 1000000"
     with subprocess.Popen(

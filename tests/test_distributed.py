@@ -31,9 +31,6 @@ from ddg_sim.methods import Semantics, bp, ddg
 from ddg_sim.notation import parse
 from ddg_sim.schedule import OpKind, Schedule, Sync
 
-#: Where two processes run the suite, no two runs with time limits are beside one another.
-pytestmark = pytest.mark.xdist_group("time limits")
-
 OPTIMIZERS: dict[str, Any] = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3),
     "adam": partial(torch.optim.Adam, lr=0.01, weight_decay=1e-3),

@@ -16,9 +16,6 @@ from ddg_sim.cycletime import cycle_time
 from ddg_sim.methods import bp
 from ddg_sim.profile import Profile, read
 
-#: Where two processes run the suite, profiles are measured once, in one of them.
-pytestmark = pytest.mark.xdist_group("measurement")
-
 
 @pytest.fixture(scope="module")
 def profile() -> Profile:

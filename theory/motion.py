@@ -38,8 +38,10 @@ class Motion:
 
     @property
     def samples_per_iteration(self) -> int:
-        """How many samples a tick draws."""
-        return self.schedule.samples_per_iteration if self.schedule is not None else 1
+        """How many samples a tick draws, over all replicas."""
+        if self.schedule is None:
+            return 1
+        return self.schedule.samples_per_iteration * self.schedule.replicas
 
     @property
     def longest(self) -> tuple[int, ...]:

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ddg_sim.schedule import Schedule
-from theory.gradients import spread
 from theory.motion import Motion
 from theory.protocols import FloatArray, IntArray, Problem
+from theory.rows import spread
 
 MAX_PATHS = 10_000_000
 #: The weights (64-bit numbers) of one version on one batch; a run holds about ten times as many.
