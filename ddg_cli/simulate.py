@@ -50,7 +50,9 @@ def _applicable(method: str, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value is not None and name not in known and (name, value) != ("sync", "none"):
             takes = ", ".join(map(_option, known)) or "none of these options"
-            raise ValueError(f"{_option(name)} does not apply to {method}, which takes {takes}")
+            raise ValueError(
+                f"{_option(name)} {value!r} does not apply to {method}, which takes {takes}"
+            )
 
 
 def _no_such_operation(schedule: Schedule, given: dict[str, Times]) -> None:

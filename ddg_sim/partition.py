@@ -255,7 +255,7 @@ def fitting(costs: CutCosts) -> tuple[int, ...] | None:
         return problem.earliest(0.0)
     except TooManyLabelsError:
         shares = _shares(costs)
-        shared = minimise(shares, shares.level, start)
+        shared = minimise(shares, shares.level, _shared_out(shares, costs).cuts)
         return shared.cuts if problem.within_limits(shared.cuts) else None
 
 
@@ -265,10 +265,13 @@ def _shares(costs: CutCosts) -> Cuts:
     return Cuts(costs.basis, costs.totals, rows)
 
 
+def _shared_out(shares: Cuts, costs: CutCosts) -> Minimum:
+    return descend(shares, shares.level, [costs.even_cuts()])
+
+
 def misfit(costs: CutCosts) -> str:
     """Say which device is overfull where memory is shared out as well as single moves can."""
-    shares = _shares(costs)
-    shared = descend(shares, shares.level, [costs.even_cuts()])
+    shared = _shared_out(_shares(costs), costs)
     needs, sizes = costs.memory(shared.cuts), costs.capacities
     worker = max(range(len(sizes)), key=lambda w: needs[w] / sizes[w])
     stages = [

@@ -13,8 +13,8 @@ from ddg_sim.methods import bp, data_parallel, ddg, gpipe
 from ddg_sim.partition import partition
 from ddg_sim.schedule import Schedule, Sync
 
-SCHEDULES = [bp(3), ddg(3), ddg(4, Sync.BARRIER), gpipe(3, 2), data_parallel(ddg(3), 2)]
-BATCHES = [0.1, 0.2, 0.4, 0.5, 1.0, 1.5, 2.0, 4.0, 7.0]
+SCHEDULES = [bp(3), ddg(3), ddg(3, Sync.BARRIER), gpipe(3, 2), data_parallel(ddg(3), 2)]
+BATCHES = [0.1, 0.2, 0.5, 1.0, 1.5, 3.0, 7.0]
 
 
 def chain(seed: int, count: int, scale: float = 1.0) -> LayerGraph:
@@ -65,7 +65,7 @@ def test_every_batch_is_cut_as_brute_force_cuts_it(schedule, quick, few, monkeyp
             if found.exact:
                 assert found.period == pytest.approx(least, rel=1e-8)
             changes.add((found.cuts, found.cycle.critical_cycle))
-    assert len(changes) > 3 or schedule.method == "bp"  # else all batches were alike
+    assert len(changes) > (3 if schedule == ddg(3) else 1)  # else all batches were alike
 
 
 def test_a_batch_is_the_same_network_with_other_sizes():

@@ -311,6 +311,29 @@ def test_where_it_gives_up_it_says_how_far_from_optimal_it_may_be(monkeypatch):
     assert rough.lower_bound < best.period < rough.period
 
 
+@pytest.mark.parametrize("size", [0.99, 1.0])
+def test_a_short_memory_that_is_hard_to_share_out_ends_with_an_answer(size, monkeypatch):
+    graph = random_chain(12, seed=8)
+    schedule = ddg(4)
+    needs = [
+        [
+            need / speed
+            for need, speed in zip(bytes_of(graph, schedule, c, 1.0), (1, 2, 3, 1), strict=True)
+        ]
+        for c in every_cut(graph, schedule)
+    ]
+    least = size * min(map(max, needs)) * (1 + 1e-9)
+    capacities = [least * share for share in (1, 2, 3, 1)]
+    monkeypatch.setattr(labels, "MOST_PAIRS", 0)
+    try:
+        found = partition(graph, schedule, capacities=capacities)
+    except DoesNotFitError as error:  # it may give up, but must not say that nothing fits
+        assert size < 1 or "as well as was found" in str(error)  # noqa: PT017
+    else:
+        assert size >= 1
+        assert all(n <= c * (1 + 1e-9) for n, c in zip(found.memory, capacities, strict=True))
+
+
 # --- Refusals -----------------------------------------------------------------------------------
 
 

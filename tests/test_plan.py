@@ -427,6 +427,11 @@ MISTAKES = {
     "--stages 2 --jitter 1,2": "--jitter '1,2': give one number or distribution",
     "--stages 2 --plot plan.pdf": "--plot plan.pdf: must end in .png or .svg",
     "--stages 2 --plot nowhere/plan.png": "the folder nowhere does not exist",
+    "--stages 2 --jitter 2": "--jitter '2' does not vary: give a distribution",
+    "--stages 2 --seed 3": "--seed has nothing to draw: give a --jitter that varies",
+    "--stages 2 --top 3 --json": "--top is about the table: --json prints all rows",
+    "--stages 2 --methods bp --sync barrier": "no point is possible: bp knows no synchronisation",
+    "--stages 2 --stages-per-device 4": "no point is possible: fewer stages than were to share",
     "--stages 2 --replicas 0": "--replicas '0': give numbers from 1 to",
 }
 
