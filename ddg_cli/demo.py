@@ -17,7 +17,8 @@ def demo(
         "ddg-demo"
     ),
     model: training.Model = "resnet20",
-    iterations: Annotated[int, typer.Option(min=1, help="Mini-batches per run.")] = 100,
+    iterations: Annotated[int, typer.Option(min=1, help="Mini-batches per run.")] = 60,
+    rounds: training.Rounds = 6,
     batch_size: training.BatchSize = 64,
     json: training.Json = False,
 ) -> None:
@@ -42,7 +43,7 @@ def demo(
     warnings = training.core_warnings(job, dataset)
     with progress_bar("profile and train") as progress:
         profile, found = compare(
-            job, ["bp", "ddg/barrier", "ddg/none"], dataset, rounds=2, progress=progress
+            job, ["bp", "ddg/barrier", "ddg/none"], dataset, rounds=rounds, progress=progress
         )
     checked = check("theorem-a", make("rotation-chain", 2), ddg(2), gamma=0.05, iterations=10)
 

@@ -194,10 +194,13 @@ def seconds(value: float) -> str:
 def interval(ends: tuple[float, float] | None) -> str:
     """Format an interval of seconds.
 
-    >>> interval((0.0991, 0.1034)), interval(None)
-    ('99.1 ms to 103 ms', '–')
+    >>> interval((0.0441, 0.0571)), interval((0.0009, 0.0012)), interval(None)
+    ('44.1 to 57.1 ms', '900 µs to 1.2 ms', '–')
     """
-    return "–" if ends is None else f"{seconds(ends[0])} to {seconds(ends[1])}"
+    if ends is None:
+        return "–"
+    (low, unit), (high, last) = (seconds(end).split(" ") for end in ends)
+    return f"{low} to {high} {unit}" if unit == last else f"{low} {unit} to {high} {last}"
 
 
 def times(value: float | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +44,9 @@ Cuts = Annotated[
 ]
 Optimizer = Annotated[str, typer.Option(help="sgd (with momentum) or adam.")]
 Rate = Annotated[float | None, typer.Option(help="Default: 0.05 for sgd, 0.001 for adam.")]
+Rounds = Annotated[
+    int, typer.Option(min=1, help="Runs per method; medians are shown, from 6 on with an interval.")
+]
 Timeout = Annotated[
     float, typer.Option(min=0.001, max=1e6, help="Seconds that a worker waits for another.")
 ]
@@ -243,10 +246,7 @@ def validate(
     ] = "bp,ddg/barrier,ddg/none",
     data: Data = "digits",
     iterations: Annotated[int, typer.Option(min=1, help="Mini-batches per run.")] = 60,
-    rounds: Annotated[
-        int,
-        typer.Option(min=1, help="Runs per method; medians are shown, from 6 on with an interval."),
-    ] = 3,
+    rounds: Rounds = 3,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
     cuts: Cuts = None,
@@ -398,27 +398,21 @@ def comparison_rows(found: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
 
 def print_comparison(found: Sequence[Comparison]) -> None:
     """Print predicted beside measured, and what bounds each method."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "predicted": lambda row: seconds(row["predicted_period"]),
+        "measured": lambda row: seconds(row["measured_period"]),
+        "95 % interval": lambda row: interval(row["measured_interval"]),
+        "error": lambda row: f"{100 * row['error']:+.1f} %",
+        "predicted\nspeedup": lambda row: times(row["predicted_speedup"]),
+        "measured\nspeedup": lambda row: times(row["measured_speedup"]),
+    }
+    if not any(item.measured_interval for item in found):
+        del columns["95 % interval"]
     print_table(
         "Predicted and measured",
+        ["method", *columns],
         [
-            "method",
-            "predicted",
-            "measured",
-            "95 % sure within",
-            "error",
-            "predicted speedup",
-            "measured speedup",
-        ],
-        [
-            [
-                name,
-                seconds(row["predicted_period"]),
-                seconds(row["measured_period"]),
-                interval(row["measured_interval"]),
-                f"{100 * row['error']:+.1f} %",
-                times(row["predicted_speedup"]),
-                times(row["measured_speedup"]),
-            ]
+            [name, *(column(row) for column in columns.values())]
             for name, row in comparison_rows(found).items()
         ],
     )

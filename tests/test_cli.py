@@ -509,7 +509,7 @@ def test_validate_reports_both_sides(ddg: Ddg, tmp_path: Path):
 
 @pytest.mark.slow
 def test_demo_writes_its_report(ddg: Ddg, tmp_path: Path):
-    found = ddg("demo -o report --model mlp --iterations 12 --batch-size 32 --json").json
+    found = ddg("demo -o report --model mlp --iterations 12 --rounds 1 --batch-size 32 --json").json
     assert found["report"] == "report"
     assert list(found["methods"]) == ["bp", "ddg/barrier", "ddg/none"]
     assert found["verified"]["verdict"] == "VERIFIED"
