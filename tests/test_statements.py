@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.mathtext import MathTextParser
 
-from ddg_sim.methods import Semantics, ddg, fr
+from ddg_sim.methods import Semantics, ddg, dp, fr
 from theory import motion as motions
 from theory import paths
 from theory.bounds import STATEMENTS
@@ -272,6 +272,8 @@ CHANGING = np.array([[1, 0], [0, 1], [1, 0], [0, 1], [1, 0]])  # applies samples
     [
         ("theorem1", make("cauchy", 2), ddg(2), 1.1, 0.0, "gamma_0 L = 1.1"),
         ("theorem1", make("cauchy", 2), [0, 1], 0.1, 0.0, r"d = \(0, 1\)"),
+        ("independence", make("cauchy", 1), dp(1, 2), 0.1, 0.0, "2 samples per update, not one"),
+        ("theorem-f", make("cauchy", 1), dp(1, 2), 0.1, 0.0, "2 samples per update, not one"),
         ("theorem-a", make("noisy-quadratic", 2), ddg(2), 0.1, 0.0, "M = inf"),
         ("theorem-a", make("cauchy", 2), CHANGING, 0.1, 0.0, "more than once"),
         ("theorem-a", make("cauchy", 2), ddg(2), 0.1, 0.5, "momentum 0.5"),
@@ -346,6 +348,13 @@ def test_a_direction_that_is_not_sufficient_is_measured():
         (
             {"problem": make("noisy-quadratic", 2), "monte_carlo": MonteCarlo(always=True)},
             "because M is infinite",
+        ),
+        (
+            {
+                "statement": replace(STATEMENTS["features-replay"], key="mine"),
+                "monte_carlo": MonteCarlo(always=True),
+            },
+            "mine has constants that are measured over all paths",
         ),
         ({"statement": "lian", "source": ddg(5), "problem": make("cauchy", 5)}, "warm-up"),
     ],

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from ddg_sim.schedule import Schedule
 from theory.bounds import statement_named
 from theory.confidence import compare
+from theory.hypotheses import SUFFICIENT_DIRECTION
 from theory.motion import Motion, motion
 from theory.paths import (
     MAX_PATHS,
@@ -94,7 +95,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Sides:
-    """Both sides as measured; ``reason`` if something is to be added to the verdict's."""
+    """Both sides as measured; ``paths`` is the number that was run."""
 
     measured: float
     bound: float
@@ -264,12 +265,17 @@ def _sampling(
     few = iterations * math.log(per_iteration) <= math.log(MAX_PATHS) + ROUNDING
     if few and not wanted.always:
         return None
-    possible = statement.scope is Scope.AVERAGE and statement.key != "features-replay"
+    measures = SUFFICIENT_DIRECTION in statement.hypotheses
+    possible = statement.scope is Scope.AVERAGE and not measures
     if possible and math.isfinite(problem.M):
         return wanted
     if not wanted.always:
         count_paths(problem.num_samples, iterations, run.samples_per_iteration)  # says what fits
-    reason = "M is infinite" if possible else f"{statement.key} is not about one bounded average"
+    reason = f"{statement.key} is not about one bounded average"
+    if measures:
+        reason = f"{statement.key} has constants that are measured over all paths"
+    elif possible:
+        reason = "M is infinite"
     raise ValueError(f"monte_carlo: random paths prove nothing here, because {reason}")
 
 
