@@ -17,7 +17,7 @@ from theory.delayed_bounds import THEOREM_A
 from theory.motion import motion
 from theory.paths import count_paths, mean_squared_gradients, sample_paths, worst_step
 from theory.problems import PROBLEMS, make, one_sided_cosine, opposed_cosines
-from theory.statement import Constants
+from theory.statement import Constants, harmonic_steps
 
 #: The families with a finite M, without which the statements have no right side.
 BOUNDED = [name for name in PROBLEMS if math.isfinite(make(name, 1).M)]
@@ -115,6 +115,19 @@ def test_lemma1_on_kuramoto_is_violated_in_the_warm_up():
     slope = np.sum(problem.full_gradient(problem.start[None]) ** 2)
     right = -0.005 * slope + 1e-4 * (9 / 8) * (2 + 16) * (5 / 4)
     assert (report.measured, report.bound) == pytest.approx((left, right), rel=1e-11)
+
+
+@pytest.mark.parametrize("key", ["lemma1", "lemma1-prime"])
+def test_every_step_has_the_constant_of_its_own_step_size(key):
+    # Claimed is only what smoothness gives without delay: c = gamma_t^2 L M/2. With the last, least
+    # gamma_t in all places the first step would exceed it.
+    statement = replace(
+        STATEMENTS[key],
+        step_rule=harmonic_steps,
+        bound=lambda constants, gammas: gammas[-1] ** 2 * constants.L * constants.M / 2,
+    )
+    problem = NoisyQuadratic(1, noise=1.0, w_1=0.0, M=2.0)  # E f(w^1) = gamma_0^2/2
+    assert check(statement, problem, ddg(1), 0.5, 6).verdict == "VERIFIED"
 
 
 def test_lemma1_holds_without_delay():

@@ -150,7 +150,7 @@ def random_problem(rng):
 
 def test_no_true_statement_is_violated_by_enumeration():
     rng, verdicts = np.random.default_rng(0), []
-    for key in itertools.islice(itertools.cycle(PROVED), 700):
+    for key in itertools.islice(itertools.cycle(PROVED), 280):
         problem = random_problem(rng)
         delays = rng.integers(0, 4, len(problem.blocks))
         if key == "lian":
@@ -161,13 +161,13 @@ def test_no_true_statement_is_violated_by_enumeration():
         report = check(key, problem, source, gamma, iterations=5, momentum=momentum)
         assert report.verdict is not Verdict.VIOLATED, report
         verdicts.append(report.verdict)
-    assert verdicts.count(Verdict.VERIFIED) > 350
+    assert verdicts.count(Verdict.VERIFIED) > 140
 
 
 def test_no_true_statement_is_violated_by_random_paths():
     rng, verdicts = np.random.default_rng(1), []
     keys = ("theorem-a", "theorem-a-young", "theorem2-prime", "theorem-v")
-    for key in itertools.islice(itertools.cycle(keys), 1000):
+    for key in itertools.islice(itertools.cycle(keys), 160):
         problem = random_problem(rng)
         delays = rng.integers(0, 4, len(problem.blocks))
         gamma = 10 ** rng.uniform(-2, 0) / problem.L
@@ -175,7 +175,7 @@ def test_no_true_statement_is_violated_by_random_paths():
         report = check(key, problem, delays, gamma, 8, monte_carlo=sampling)
         assert report.verdict is not Verdict.VIOLATED, report
         verdicts.append(report.verdict)
-    assert verdicts.count(Verdict.VERIFIED) > 400
+    assert verdicts.count(Verdict.VERIFIED) > 64
 
 
 # --- Seeded faults, each with an anchor that catches it -------------------------------------------

@@ -325,9 +325,8 @@ def _given_weights(
     constants: Constants,
     gammas: FloatArray,
 ) -> _Sides:
-    assert statement.bound is not None
     first = constants.max_delay if statement.after_warm_up else 0
-    worst = worst_step(run, problem, gammas, statement.bound(constants, gammas), first)
+    worst = worst_step(run, problem, gammas, _step_constants(statement, constants, gammas), first)
     paths = count_paths(problem.num_samples, len(gammas), run.samples_per_iteration)
     return _stepped(worst, paths)
 
@@ -348,16 +347,22 @@ def _in_total(
 ) -> _Sides:
     assert statement.bound is not None
     first = constants.max_delay if statement.after_warm_up else 0
-    bound = statement.bound(constants, gammas)
     if statement.scope is Scope.AVERAGE:
+        bound = statement.bound(constants, gammas)
         weights = gammas[first:]
         measured = math.fsum(weights * means.squares[first:]) / math.fsum(weights)
         return _Sides(measured, bound, ROUNDING * max(measured, bound), paths)
     lefts = np.diff(means.values)
-    rights = bound - 0.5 * gammas * means.squares
+    rights = _step_constants(statement, constants, gammas) - 0.5 * gammas * means.squares
     t = first + int(np.argmax((lefts - rights)[first:]))
     scale = float(np.abs(means.values).max())
     return _stepped(Step(t, float(lefts[t]), float(rights[t]), scale), paths)
+
+
+def _step_constants(statement: Statement, constants: Constants, gammas: FloatArray) -> FloatArray:
+    """Return the c of every step's right side, (T,)."""
+    assert statement.bound is not None
+    return np.array([statement.bound(constants, gammas[: t + 1]) for t in range(len(gammas))])
 
 
 def _stepped(step: Step, paths: int) -> _Sides:
