@@ -13,7 +13,7 @@ from ddg_sim.methods import Semantics, bp, ddg
 from theory import counterexamples, paths
 from theory.bounds import STATEMENTS
 from theory.check import Verdict, check
-from theory.delayed_bounds import THEOREM_A
+from theory.corrected import THEOREM_A
 from theory.motion import motion
 from theory.paths import count_paths, mean_squared_gradients, sample_paths, worst_step
 from theory.problems import PROBLEMS, make, one_sided_cosine, opposed_cosines
