@@ -326,6 +326,12 @@ def test_a_direction_that_is_not_sufficient_is_measured():
     report = check("features-replay", parabola(), [1], gamma=1.5, iterations=6)
     assert report.verdict is Verdict.NOT_APPLICABLE
     assert "measured sigma = -" in report.reason
+    # At w^2 = (-1e-7, 1e-14) the gradient is small and the late one next to it is not: it counts.
+    plane = NoisyQuadratic(
+        "plane", np.eye(2), np.zeros(2), np.zeros((1, 2)), np.ones(2), (slice(0, 1), slice(1, 2))
+    )
+    small = check("features-replay", plane, [1, 0], gamma=1 + 1e-7, iterations=3)
+    assert "measured sigma = -1e+07" in small.reason
     good = check("features-replay", make("rotation-chain", 3), fr(3), 0.2, 7)
     assert good.verdict is Verdict.VERIFIED
 
