@@ -153,8 +153,7 @@ def plan(
         EmptyPlanError: if no point is possible; says why.
         ValueError: naming an argument that is wrong.
 
-    >>> from ddg_sim.folding import fold
-    from ddg_sim.layers import Layer
+    >>> from ddg_sim.layers import Layer
     >>> layers = tuple(Layer(f"layer{n}", 0.01, 0.02) for n in range(8))
     >>> chain = LayerGraph(layers, tuple((n, n + 1) for n in range(7)))
     >>> for row in plan(chain, ["bp", "ddg"], [2, 4, 16]).rows:

@@ -117,9 +117,10 @@ def test_the_search_finds_the_dependence():
     assert found.problem.num_samples == 2
 
 
-@pytest.mark.parametrize("statement", ["theorem-a", "lemma1-prime", "c-tau", "theorem-m"])
+@pytest.mark.parametrize("statement", ["theorem-a", "lemma1-prime", "lian", "c-tau", "theorem-m"])
 def test_the_search_breaks_nothing_true(statement):
-    assert search(statement, most=300) == 300
+    # The first 240 inputs have one tick, too short for lemma1-prime and lian.
+    assert search(statement, most=280) == 280
 
 
 def test_the_search_catches_a_fault(monkeypatch):

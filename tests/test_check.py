@@ -13,11 +13,11 @@ from ddg_sim.methods import Semantics, bp, ddg
 from theory import counterexamples, paths
 from theory.bounds import STATEMENTS
 from theory.check import Verdict, check
-from theory.delayed_bounds import THEOREM_A
+from theory.corrected import THEOREM_A
 from theory.motion import motion
 from theory.paths import count_paths, mean_squared_gradients, sample_paths, worst_step
 from theory.problems import PROBLEMS, make, one_sided_cosine, opposed_cosines
-from theory.statement import Constants
+from theory.statement import Constants, harmonic_steps
 
 #: The families with a finite M, without which the statements have no right side.
 BOUNDED = [name for name in PROBLEMS if math.isfinite(make(name, 1).M)]
@@ -117,6 +117,19 @@ def test_lemma1_on_kuramoto_is_violated_in_the_warm_up():
     assert (report.measured, report.bound) == pytest.approx((left, right), rel=1e-11)
 
 
+@pytest.mark.parametrize("key", ["lemma1", "lemma1-prime"])
+def test_every_step_has_the_constant_of_its_own_step_size(key):
+    # Claimed is only what smoothness gives without delay: c = gamma_t^2 L M/2. With the last, least
+    # gamma_t in all places the first step would exceed it.
+    statement = replace(
+        STATEMENTS[key],
+        step_rule=harmonic_steps,
+        bound=lambda constants, gammas: gammas[-1] ** 2 * constants.L * constants.M / 2,
+    )
+    problem = NoisyQuadratic(1, noise=1.0, w_1=0.0, M=2.0)  # E f(w^1) = gamma_0^2/2
+    assert check(statement, problem, ddg(1), 0.5, 6).verdict == "VERIFIED"
+
+
 def test_lemma1_holds_without_delay():
     for name, gamma in itertools.product(BOUNDED, (1e-3, 0.1, 0.5)):
         assert check("lemma1", make(name, 1), ddg(1), gamma, 6).verdict == "VERIFIED"
@@ -126,8 +139,7 @@ def test_lemma1_holds_without_delay():
 
 
 @pytest.mark.parametrize("name", BOUNDED)
-@pytest.mark.parametrize("stages", [1, 2, 3])
-@pytest.mark.parametrize("samples", [1, 2, 3])
+@pytest.mark.parametrize(("stages", "samples"), [(1, 2), (2, 3), (3, 1), (3, 2)])
 def test_mean_squared_gradients_against_single_paths(name, stages, samples):
     problem = make(name, stages, samples)
     runs = [w for _, w in naive_runs(problem, 0.3, 4)]
@@ -142,9 +154,10 @@ def test_mean_squared_gradients_against_single_paths(name, stages, samples):
 
 
 @pytest.mark.parametrize("name", BOUNDED)
-@pytest.mark.parametrize("stages", [1, 2, 3])
-@pytest.mark.parametrize("samples", [1, 2, 3])
-@pytest.mark.parametrize("gamma", [1e-3, 0.1])
+@pytest.mark.parametrize(
+    ("stages", "samples", "gamma"),
+    [(1, 2, 0.1), (2, 2, 1e-3), (2, 3, 0.1), (3, 1, 0.1), (3, 2, 0.1)],
+)
 def test_worst_step_against_single_paths(name, stages, samples, gamma):
     problem = make(name, stages, samples)
     worst = worst_step(motion(ddg(stages), 1), problem, [gamma] * 4, constant=1e-3)
@@ -221,7 +234,7 @@ def test_sample_paths_are_all_there_once_in_order():
 @pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_theorems_hold_in_total_expectation(key, name, stages):
-    for gamma in (1e-3, 0.02, 0.1):
+    for gamma in (1e-3, 0.1):
         report = check(key, make(name, stages), ddg(stages), gamma, 8)
         assert report.verdict is Verdict.VERIFIED, report
         assert report.failing == ()

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from noisy_quadratic import NoisyQuadratic, damping, stability_limit
 
@@ -159,6 +159,7 @@ def test_without_delay_the_three_readings_are_sgd(semantics):
 
 
 @given(st.randoms(use_true_random=False), st.sampled_from(sorted(PROBLEMS)), st.integers(1, 3))
+@settings(max_examples=30)
 def test_sharing_beginnings_changes_nothing(random, name, stages):
     problem = make(name, stages)
     paths = sample_paths(2, 5, 0, 32)
@@ -185,25 +186,26 @@ def test_micro_batches_are_averaged():
     np.testing.assert_allclose(run.w[:, 0], [problem.start, w_1, w_2], atol=1e-15)
 
 
-@pytest.mark.parametrize("delay", range(8))
-@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.8])
-def test_sum_of_squares_of_the_delayed_quadratic(delay, fraction):
+@pytest.mark.parametrize(
+    ("delay", "fraction", "ticks"),
+    [(0, 0.5, 50), (1, 0.2, 150), (1, 0.8, 200), (2, 0.5, 170), (4, 0.5, 310), (7, 0.5, 520)],
+)
+def test_sum_of_squares_of_the_delayed_quadratic(delay, fraction, ticks):
     # Anchor: w_{t+1} = w_t - x w_{t-delay} from 1 has sum w_t^2 = 1/(2 x c(x)). A delay that is
     # off by one changes it by far more than the tolerance.
     x = fraction * stability_limit(delay)
     problem = NoisyQuadratic(delay + 1)
-    ticks = 1600
     run = iterate(ddg(delay + 1), problem, np.zeros((1, ticks), dtype=int), np.full(ticks, x))
     w = run.w[:, 0, 0]
-    assert abs(w[-1]) < 1e-12
+    assert np.abs(w[-10:]).max() < 1e-7  # whose square is below the tolerance
     assert math.fsum(w**2) == pytest.approx(1 / (2 * x * damping(delay, x)), rel=1e-12)
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2, 5])
 def test_stability_limit_of_the_delayed_quadratic(delay):
     problem = NoisyQuadratic(delay + 1)
-    ticks = 1200
-    for factor, grows in ((0.98, False), (1.02, True)):
+    ticks = 400
+    for factor, grows in ((0.97, False), (1.03, True)):
         gammas = np.full(ticks, factor * stability_limit(delay))
         run = iterate(ddg(delay + 1), problem, np.zeros((1, ticks), dtype=int), gammas)
         w = np.abs(run.w[:, 0, 0])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from theory import links
-from theory.chain import Chain
+from theory.chain import Bounds, Chain, Replay
 from theory.links import COSINE
 from theory.problems import PROBLEMS, kuramoto, make, one_sided_cosine, opposed_cosines
 from theory.quadratic import NoisyQuadratic
@@ -265,6 +265,78 @@ def test_coupling_constants_by_hand():
     np.testing.assert_allclose((two.L, two.M), by_hand, rtol=1e-14)
 
 
+def replayed_gradient(chain, w, moved, again):
+    """u and grad f_0: forward passes at w, backward passes at ``moved``, outputs ``again`` or not.
+
+    Weights (P, K) both; every row is one case.
+    """
+    zeros = np.zeros(len(w), dtype=int)
+    ends = [chain.inputs(zeros)]
+    for k in range(w.shape[1]):
+        ends.append(chain.forward(k, w[:, k : k + 1], ends[k]))
+    blocks, delta = [], None
+    for k in reversed(range(w.shape[1])):
+        w_k = moved[:, k : k + 1]
+        out = chain.forward(k, w_k, ends[k]) if again else ends[k + 1]
+        delta = chain.loss_gradient(out, zeros) if delta is None else delta
+        slope, delta = chain.backward(k, w_k, ends[k], out, delta)
+        blocks.insert(0, slope)
+    return np.concatenate(blocks, axis=1), chain.gradients(w, zeros)
+
+
+class Wave:
+    """h_out = (sin w + sin(3w)/27, 0), whatever h_in: its slope is large where h is small."""
+
+    def forward(self, cos, sin, h):
+        return np.stack((sin + (3 * sin - 4 * sin**3) / 27, 0 * sin))
+
+    def backward(self, cos, sin, h_in, h_out, delta):
+        return (cos + (4 * cos**3 - 3 * cos) / 9) * delta[0], 0 * delta
+
+    def bounds(self, radius, stages):
+        return Bounds(reach=26 / 27, slope=10 / 9, bend=0.9429)
+
+    def replay(self, radius):
+        return Replay(carry=0.0, slope=10 / 9, carry_turn=0.0, slope_turn=0.9429)
+
+
+def wave():
+    return Chain("wave", Wave(), np.zeros((1, 2)), np.zeros((1, 2)), np.zeros(1))
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize(
+    "chain",
+    [wave(), *(make(f"{kind}-chain", k, 1) for kind in ("rotation", "reversible") for k in (1, 3))],
+    ids=lambda chain: f"{chain.name}-{len(chain.start)}",
+)
+def test_replayed_gradients_keep_to_their_bounds(chain, again):
+    rng = np.random.default_rng(0)
+    shape = 5000, len(chain.start)
+    w = rng.uniform(-math.pi, math.pi, shape)
+    step = rng.standard_normal(shape) * 10 ** rng.uniform(-4, 0.5, (shape[0], 1))
+    u, gradient = replayed_gradient(chain, w, w + step, again)
+    largest = np.max(np.linalg.norm(u - gradient, axis=1) / np.linalg.norm(step, axis=1))
+    assert 2e-3 * chain.replay_L < largest <= chain.replay_L
+    assert 2e-3 * chain.replay_M < np.max(np.sum(u**2, axis=1)) <= chain.replay_M
+
+
+def test_replay_bounds_by_hand():
+    x, y = np.array([[0.6, 0.0]]), np.array([[0.0, 0.3]])
+    r, b, s = 0.6, 0.9, SUP_TANH_CURVATURE
+    two = Chain("two", Rotation(), x, y, np.zeros(2))
+    own = b * (s * r**2 + r)
+    by_hand = np.array([[own, r * b * (s * r + 1) + r**2], [0.0, own + r**2]])
+    assert two.replay_L == pytest.approx(np.linalg.norm(by_hand, 2), rel=1e-14)
+    assert two.replay_M == pytest.approx(2 * (r * b) ** 2, rel=1e-14)
+    a, nu = 0.5, (0.5 + math.sqrt(4.25)) / 2
+    two = Chain("two", Coupling(a), x, y, np.zeros(2))
+    b = 0.3 + two._bounds.reach
+    by_hand = np.array([[a * nu * b, a * a * b + a * a * nu], [0.0, a * b + a * a]])
+    assert two.replay_L == pytest.approx(np.linalg.norm(by_hand, 2), rel=1e-14)
+    assert two.replay_M == pytest.approx((a * b) ** 2 * (1 + nu**2), rel=1e-14)
+
+
 @pytest.mark.parametrize("name", ["rotation-chain", "reversible-chain"])
 def test_a_stage_gives_its_input_back(name):
     chain = make(name, 3, num_samples=4)
@@ -337,11 +409,16 @@ def test_errors_name_argument_and_value():
         make("kuramoto", 0)
     with pytest.raises(ValueError, match="num_samples must be at least 1, got -1"):
         make("kuramoto", 2, -1)
+    eye, point = np.eye(1), np.zeros(1)
     with pytest.raises(ValueError, match="negative mean"):
-        RidgeSum("bad", COSINE, np.eye(1), np.zeros(1), -np.eye(1), np.zeros(1), (slice(0, 1),))
+        RidgeSum("bad", COSINE, eye, point, -eye, point, (slice(0, 1),))
+    with pytest.raises(
+        ValueError, match=r"offsets of tanh-neuron must be from -1 to 1, .* \[1.5\]"
+    ):
+        # Of (tanh w - 3/2)^2/2 the slope reaches 1.6, the certified 32/27 is for |b| <= 1.
+        RidgeSum("bad", links.TANH_NEURON, eye, point + 1.5, eye, point, (slice(0, 1),))
     with pytest.raises(ValueError, match="must both be"):
         Chain("bad", Rotation(), np.zeros((2, 2)), np.zeros((1, 2)), np.zeros(1))
-    eye, point = np.eye(1), np.zeros(1)
     quadratic = {"matrix": eye, "solution": point, "noise": 0 * eye, "start": point}
     for wrong, match in (
         ({"matrix": -eye}, "matrix must be symmetric and positive semidefinite"),

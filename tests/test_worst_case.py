@@ -60,7 +60,7 @@ def test_samples():
     noisy = worst_case.worst_case([1, 0], 0.15, 3, num_samples=2, variance=0.5)
     # Theorem V holds for it, and a quadratic with that noise is no worse.
     assert noisy.value <= 2 / (0.15 * 3) + 0.15 * 0.5 + 2 * 0.15**2 * 0.5
-    run = stability.mean_squared_gradients(
+    run = stability.quadratic_mean_squares(
         np.eye(2), [1, 0], [np.sqrt(2), 0], np.diag([0.5, 0.0]), [0.15] * 3
     )
     assert run.mean() <= noisy.value + 1e-6

@@ -1,6 +1,6 @@
 """The catalogue of statements, by key."""
 
-from theory.delayed_bounds import (
+from theory.corrected import (
     C_TAU,
     LEMMA1_PRIME,
     THEOREM2_PRIME,

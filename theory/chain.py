@@ -151,13 +151,16 @@ class Chain:
 
         Forward passes are at w: what a stage received does not change. Derived here: the change of
         block k is at most sum_j A_kj |Delta w_j|, A_kk its own turn and A_kj for j > k that of the
-        delta which stage j sends; L' = ||A||. Not attained in general.
+        delta which stage j sends. The last stage, if it is delayed and computes h_K again, moves
+        the h_K - y that all start from: by slope |Delta w_K|. L' = ||A||. Not attained in general.
         """
         replay, delta = self._replay
         stage = np.arange(len(delta))
         between = np.maximum(stage[None, :] - stage[:, None] - 1, 0)
-        moved = np.triu(replay.slope * replay.carry**between * replay.carry_turn * delta, 1)
-        return float(np.linalg.norm(moved + np.diag(replay.slope_turn * delta), 2))
+        change = np.triu(replay.slope * replay.carry**between * replay.carry_turn * delta, 1)
+        change += np.diag(replay.slope_turn * delta)
+        change[:, -1] += replay.slope**2 * replay.carry ** stage[::-1].astype(np.float64)
+        return float(np.linalg.norm(change, 2))
 
     def outputs(self, w: FloatArray) -> FloatArray:
         """Return what the last stage makes of every sample at weights w (K,), shape (n, 2)."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from ddg_sim.schedule import Schedule
 from theory.bounds import statement_named
 from theory.confidence import compare
+from theory.hypotheses import SUFFICIENT_DIRECTION
 from theory.motion import Motion, motion
 from theory.paths import (
     MAX_PATHS,
@@ -94,7 +95,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Sides:
-    """Both sides as measured; ``reason`` if something is to be added to the verdict's."""
+    """Both sides as measured; ``paths`` is the number that was run."""
 
     measured: float
     bound: float
@@ -264,18 +265,24 @@ def _sampling(
     few = iterations * math.log(per_iteration) <= math.log(MAX_PATHS) + ROUNDING
     if few and not wanted.always:
         return None
-    possible = statement.scope is Scope.AVERAGE and statement.key != "features-replay"
+    measures = SUFFICIENT_DIRECTION in statement.hypotheses
+    possible = statement.scope is Scope.AVERAGE and not measures
     if possible and math.isfinite(problem.M):
         return wanted
     if not wanted.always:
         count_paths(problem.num_samples, iterations, run.samples_per_iteration)  # says what fits
-    reason = "M is infinite" if possible else f"{statement.key} is not about one bounded average"
+    reason = f"{statement.key} is not about one bounded average"
+    if measures:
+        reason = f"{statement.key} has constants that are measured over all paths"
+    elif possible:
+        reason = "M is infinite"
     raise ValueError(f"monte_carlo: random paths prove nothing here, because {reason}")
 
 
 def _with_direction(constants: Constants, means: Expectations) -> Constants:
     """Add the sufficient-direction constant and the second moment of the applied direction."""
-    some = means.squares > ROUNDING * means.squares.max()
+    # Leaving out G_t below that changes the theorem's sum by less than the rounding allowed for.
+    some = means.squares > ROUNDING**2 * means.squares.max()
     sigma = (means.aligned[some] / means.squares[some]).min() if some.any() else math.nan
     return replace(constants, sigma=float(sigma), direction=float(means.moved.max()))
 
@@ -319,9 +326,8 @@ def _given_weights(
     constants: Constants,
     gammas: FloatArray,
 ) -> _Sides:
-    assert statement.bound is not None
     first = constants.max_delay if statement.after_warm_up else 0
-    worst = worst_step(run, problem, gammas, statement.bound(constants, gammas), first)
+    worst = worst_step(run, problem, gammas, _step_constants(statement, constants, gammas), first)
     paths = count_paths(problem.num_samples, len(gammas), run.samples_per_iteration)
     return _stepped(worst, paths)
 
@@ -342,16 +348,22 @@ def _in_total(
 ) -> _Sides:
     assert statement.bound is not None
     first = constants.max_delay if statement.after_warm_up else 0
-    bound = statement.bound(constants, gammas)
     if statement.scope is Scope.AVERAGE:
+        bound = statement.bound(constants, gammas)
         weights = gammas[first:]
         measured = math.fsum(weights * means.squares[first:]) / math.fsum(weights)
         return _Sides(measured, bound, ROUNDING * max(measured, bound), paths)
     lefts = np.diff(means.values)
-    rights = bound - 0.5 * gammas * means.squares
+    rights = _step_constants(statement, constants, gammas) - 0.5 * gammas * means.squares
     t = first + int(np.argmax((lefts - rights)[first:]))
     scale = float(np.abs(means.values).max())
     return _stepped(Step(t, float(lefts[t]), float(rights[t]), scale), paths)
+
+
+def _step_constants(statement: Statement, constants: Constants, gammas: FloatArray) -> FloatArray:
+    """Return the c of every step's right side, (T,)."""
+    assert statement.bound is not None
+    return np.array([statement.bound(constants, gammas[: t + 1]) for t in range(len(gammas))])
 
 
 def _stepped(step: Step, paths: int) -> _Sides:

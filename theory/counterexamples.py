@@ -12,6 +12,7 @@ import numpy as np
 
 from ddg_sim.methods import ddg
 from ddg_sim.schedule import Schedule
+from theory.bounds import statement_named
 from theory.check import Report, Verdict, check
 from theory.iterate import iterate
 from theory.links import COSINE
@@ -21,7 +22,7 @@ from theory.protocols import Problem
 from theory.published import lemma1
 from theory.ridge import RidgeSum
 from theory.statement import Constants, constant_steps
-from theory.sweep import MOMENTUM, motion_for
+from theory.sweep import momentum_for, motion_for
 
 
 @dataclass(frozen=True)
@@ -124,18 +125,15 @@ def search(statement: str, most: int = 2000) -> Found | int:
     """
     if most < 1:
         raise ValueError(f"the number of inputs must be at least 1, got {most}")
-    source = motion_for(statement, "", 2)
-    momentum = MOMENTUM if statement == "theorem-m" else 0.0
+    known = statement_named(statement)
+    source, momentum = motion_for(statement, 2), momentum_for(statement)
+    late = 1 if known.after_warm_up else 0  # of two stages one waits for one tick
     tried = 0
     for problem, x, iterations in itertools.islice(_candidates(), most):
         tried += 1
-        gamma = x / problem.L
-        try:
-            report = check(statement, problem, source, gamma, iterations, momentum)
-        except ValueError as error:
-            if "warm-up" in str(error):  # too short for this statement
-                continue
-            raise
+        if iterations <= late:
+            continue
+        report = check(known, problem, source, x / problem.L, iterations, momentum)
         if report.verdict is Verdict.VIOLATED:
             return Found(report, problem, source, momentum, tried)
     return tried

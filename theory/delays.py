@@ -68,7 +68,7 @@ def delayed(
 
 
 def uniform_delays(longest: int, seed: int) -> DelayLaw:
-    """Return a law of independent delays, uniform on 0..``longest`` (and at most the tick's T).
+    """Return a law of independent delays, uniform on 0..``longest`` (runs must be as long).
 
     Raises ValueError if ``longest`` is negative.
 

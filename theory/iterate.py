@@ -119,11 +119,13 @@ def iterate(
     )
 
 
-def snapshot_delays(schedule: Schedule) -> tuple[int, ...]:
+def snapshot_delays(schedule: Schedule, *, replayed: bool = False) -> tuple[int, ...]:
     """Return the fixed delays d_k of a schedule of the form that the theorems are about.
 
     w_k^{t+1} = w_k^t - gamma_t grad_k f_{i(t-d_k)}(w^{t-d_k}): one sample per tick, all stages'
-    weights of the tick t - d_k in one gradient, nothing applied while t < d_k.
+    weights of the tick t - d_k in one gradient, nothing applied while t < d_k. ``replayed``: only
+    forward passes must read those; all others may read newer ones, up to those with which their
+    own tick started.
 
     Raises ValueError, saying what deviates, if the schedule does not have this form.
 
@@ -131,8 +133,8 @@ def snapshot_delays(schedule: Schedule) -> tuple[int, ...]:
     >>> snapshot_delays(ddg(4))
     (3, 2, 1, 0)
     """
-    if schedule.samples_per_iteration != 1:
-        raise ValueError(f"{schedule.samples_per_iteration} samples per update, not one")
+    if (samples := schedule.samples_per_iteration * schedule.replicas) != 1:
+        raise ValueError(f"{samples} samples per update, not one")
     found: list[set[int]] = [set() for _ in range(schedule.num_stages)]
     for worker in range(len(schedule.workers)):
         newest_at: dict[tuple[int, int], int] = {}  # (stage, tick) -> version at the tick's start
@@ -145,9 +147,14 @@ def snapshot_delays(schedule: Schedule) -> tuple[int, ...]:
             if op.kind is OpKind.UPDATE:
                 newest[op.stage] = op.version
                 found[op.stage].add(op.iteration - op.sample)
-            elif op.version != newest_at.get((op.stage, op.sample)):
+                continue
+            first = last = newest_at.get((op.stage, op.sample))
+            if replayed and op.kind is not OpKind.FORWARD:
+                last = newest_at[op.stage, op.iteration]
+            if first is None or last is None or not first <= op.version <= last:
+                until = "" if last == first else f" to {op.iteration}"
                 raise ValueError(
-                    f"{op} does not read the weights with which tick {op.sample} started"
+                    f"{op} does not read the weights with which tick {op.sample}{until} started"
                 )
     for stage, delays in enumerate(found):
         if len(delays) != 1:

@@ -26,6 +26,7 @@ class Link:
     slope: Scalar  # rho', in z
     sup_slope: float  # sup |rho'|
     sup_curvature: float  # sup |rho''|
+    largest_offset: float = math.inf  # the suprema are over |b| <= this
 
 
 def _geman_mcclure_value(z: FloatArray, b: FloatArray) -> FloatArray:
@@ -152,4 +153,5 @@ TANH_NEURON = Link(
     _tanh_neuron_slope,
     32.0 / 27.0,
     (1.0 - _U) ** 2 * (1.0 + _U) * (1.0 + 3.0 * _U),
+    largest_offset=1.0,
 )

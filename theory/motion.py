@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddg_sim.rule import Activations, Gradient
-from ddg_sim.schedule import OpKind, Schedule, staleness, steady_iterations
+from ddg_sim.schedule import Schedule, staleness
 from theory.delays import delayed
 from theory.iterate import Trajectory, iterate, snapshot_delays
 from theory.protocols import IntArray, Problem
@@ -110,15 +110,7 @@ class Motion:
         if self.schedule is None:
             return self.fixed_delays
         _require_plain(self.schedule)
-        if self.schedule.samples_per_iteration != 1:
-            raise ValueError(f"{self.schedule.samples_per_iteration} samples per update, not one")
-        found: list[set[int]] = [set() for _ in range(self.schedule.num_stages)]
-        for worker in range(len(self.schedule.workers)):
-            _note_delays(self.schedule, worker, found)
-        for stage, delays in enumerate(found):
-            if len(delays) != 1:
-                raise ValueError(f"stage {stage} has no fixed delay: {sorted(delays)}")
-        return tuple(delays.pop() for delays in found)
+        return snapshot_delays(self.schedule, replayed=True)
 
     @property
     def _constant(self) -> bool:
@@ -176,22 +168,3 @@ def _require_plain(schedule: Schedule) -> None:
         raise ValueError(f"gradient={rule.gradient.value}: not a gradient of f")
     if rule.activations not in (Activations.GRAPH, Activations.INPUT):
         raise ValueError(f"activations={rule.activations.value}: not those of the sample")
-
-
-def _note_delays(schedule: Schedule, worker: int, found: list[set[int]]) -> None:
-    """Add the delays of the worker's updates; complain about reads outside of ticks q..q+d_k."""
-    newest_at: dict[tuple[int, int], int] = {}  # (stage, tick) -> version at the tick's start
-    newest = [0] * schedule.num_stages
-    tick = -1
-    for op in schedule.program(worker, 2 * steady_iterations(schedule), drain=False):
-        while tick < op.iteration:
-            tick += 1
-            newest_at.update(((stage, tick), version) for stage, version in enumerate(newest))
-        if op.kind is OpKind.UPDATE:
-            newest[op.stage] = op.version
-            found[op.stage].add(op.iteration - op.sample)
-            continue
-        first, last = newest_at.get((op.stage, op.sample)), newest_at[op.stage, op.iteration]
-        forward = op.kind is OpKind.FORWARD
-        if first is None or not first <= op.version <= (first if forward else last):
-            raise ValueError(f"{op} does not read the weights of ticks {op.sample} to {tick}")

@@ -224,7 +224,11 @@ def worst_inner_product(motion: Motion, problem: Problem, step_sizes: npt.ArrayL
 
 
 def worst_step(
-    motion: Motion, problem: Problem, step_sizes: npt.ArrayLike, constant: float, first: int = 0
+    motion: Motion,
+    problem: Problem,
+    step_sizes: npt.ArrayLike,
+    constant: npt.ArrayLike,
+    first: int = 0,
 ) -> Step:
     """Return the step first <= t < T and the w^t that exceed the one-step right side most.
 
@@ -233,7 +237,8 @@ def worst_step(
     linear function of w^t, up to SAME_WEIGHTS. Confusing two values would only average two
     inequalities that the statement claims separately, so it can hide a violation, not invent one.
 
-    ``constant`` is the c of the right side -(gamma_t/2)||grad f(w^t)||^2 + c.
+    ``constant`` is the c of the right side -(gamma_t/2)||grad f(w^t)||^2 + c, for every t (T,) or
+    one for all.
     Raises ValueError if there are too many paths, or as `Motion.run` does.
 
     >>> from ddg_sim.methods import ddg
@@ -249,6 +254,7 @@ def worst_step(
     direction = np.random.default_rng(0).uniform(1.0, 2.0, len(problem.start))
     siblings = problem.num_samples**motion.samples_per_iteration
     worst = Step(0, -math.inf, math.inf, 0.0)
+    constants = np.broadcast_to(np.asarray(constant, dtype=np.float64), gammas.shape)
     for t in range(first, len(gammas)):
         # Per history i(0..t-1): a projection of w^t, left side, right side, largest |f|.
         parts: list[FloatArray] = []
@@ -260,7 +266,7 @@ def worst_step(
             now = problem.value(before)
             slope = np.sum(problem.full_gradient(before) ** 2, axis=1)
             left = after.mean(axis=1) - now
-            right = constant - 0.5 * gammas[t] * slope
+            right = constants[t] - 0.5 * gammas[t] * slope
             scale = np.maximum(np.abs(now), np.abs(after).max(axis=1))
             parts.append(np.stack((before @ direction, left, right, scale)))
         worst = max(worst, _worst_group(t, np.concatenate(parts, axis=1)), key=_excess)

@@ -17,7 +17,8 @@ class RidgeSum:
     The mean coefficients must be non-negative (single ones need not be): with rho >= 0 this
     makes ``f_star = 0`` a lower bound, attained where every term is zero (see `theory.links`).
 
-    Raises ValueError where the shapes disagree or a mean coefficient is negative.
+    Raises ValueError where the shapes disagree, a mean coefficient is negative or an offset is
+    outside of the range for which the link's suprema are proved.
 
     >>> from theory.links import COSINE
     >>> eye = np.eye(1)
@@ -43,6 +44,11 @@ class RidgeSum:
             )
         if self.start.shape != (dim,):
             raise ValueError(f"start has shape {self.start.shape}, rows ask for {(dim,)}")
+        if not (np.abs(self.offsets) <= self.link.largest_offset).all():
+            raise ValueError(
+                f"offsets of {self.link.name} must be from -{self.link.largest_offset:g} to "
+                f"{self.link.largest_offset:g}, or L and M are not certified; got {self.offsets}"
+            )
         if (self._mean_coefficients < 0).any():
             raise ValueError(
                 f"coefficients have a negative mean {self._mean_coefficients}: f_star = 0 and L "

@@ -173,7 +173,7 @@ def quadratic_limit(matrix: npt.ArrayLike, delays: npt.ArrayLike, momentum: floa
     return float(brentq(excess, gamma, gamma * (1.0 + _SCAN), xtol=1e-15 * gamma, rtol=1e-14))
 
 
-def mean_squared_gradients(
+def quadratic_mean_squares(
     matrix: npt.ArrayLike,
     delays: npt.ArrayLike,
     start: npt.ArrayLike,
@@ -196,7 +196,7 @@ def mean_squared_gradients(
     Raises:
         ValueError: naming the argument, for other shapes or values.
 
-    >>> mean_squared_gradients([[1.0]], [0], [1.0], [[4.0]], [0.5, 0.5, 0.5]).tolist()
+    >>> quadratic_mean_squares([[1.0]], [0], [1.0], [[4.0]], [0.5, 0.5, 0.5]).tolist()
     [1.0, 1.25, 1.3125]
     """
     a, d = _matrix(matrix, delays)

@@ -94,9 +94,9 @@ class Statement:
 
     ``bound(constants, step_sizes)`` is the right side. For a one-step statement it is the part c
     that does not depend on w^t: the right side at step t is -(gamma_t/2)||grad f(w^t)||^2 + c,
-    with c at the last of the ``step_sizes`` (T,), which reach from step 0 to the end of the run.
-    It is None for INNER_PRODUCT, whose right side E<grad_k f(w^t), grad_k f(w^{t-d_k})> is claimed
-    to be equal.
+    with c at the last of the ``step_sizes`` (t + 1,), which reach from step 0 to step t. It is None
+    for INNER_PRODUCT, whose right side E<grad_k f(w^t), grad_k f(w^{t-d_k})> is claimed to equal
+    the left.
 
     ``after_warm_up``: the statement is about t >= D only. ``formula`` is for a terminal, ``latex``
     the same for a page (without dollar signs). The proof is in the docstring of ``bound``.

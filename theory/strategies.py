@@ -12,13 +12,13 @@ A condition of your own is a `Statement`; often another one with some fields rep
 ...     gamma, T = step_sizes[0], len(step_sizes)
 ...     return 2 * constants.gap / (gamma * T)
 >>> mine = replace(a, key="hopeful", bound=hopeful)
->>> found = falsify(mine, max_examples=300)
+>>> found = falsify(mine, max_examples=100)
 >>> found.report.verdict.value
 'VIOLATED'
 
 In a test of your own one line is enough; it fails with the smallest counterexample found:
 
->>> assert_statement(a, max_examples=50)
+>>> assert_statement(a, max_examples=20)
 
 A method of your own is any function from a number of stages to a schedule, ``method=``. The paper's
 Lemma 1 falls without any hint (one sample, one tick: a stage that waits does not descend):

@@ -11,9 +11,16 @@ from ddg_sim.methods import ddg, fr
 from ddg_sim.schedule import Schedule
 from theory.bounds import STATEMENTS
 from theory.check import MonteCarlo, Report, Verdict, check
+from theory.gradients import is_layered
+from theory.hypotheses import (
+    FULL_GRADIENTS,
+    MOMENTUM_DELAYS,
+    REPLAYED,
+    SUFFICIENT_DIRECTION,
+    UNIFORM_DELAYS,
+)
 from theory.problems import PROBLEMS, make
-from theory.protocols import Problem
-from theory.statement import Scope
+from theory.statement import Hypothesis, Scope
 
 #: Ticks that are enumerated, and what is drawn at random beside them.
 ENUMERATED = 8
@@ -94,32 +101,39 @@ def run(cell: Cell, seed: int = 0) -> Report:
     >>> print(run(Cell("c-tau", "cauchy", 2, step=1.0, iterations=8, alpha=0.0)).verdict)
     VERIFIED
     """
-    problem = _problem(cell)
+    samples = 1 if _asks(cell.statement, FULL_GRADIENTS) else 2
+    problem = make(cell.problem, cell.stages, samples)
     return check(
         cell.statement,
         problem,
-        motion_for(cell.statement, cell.problem, cell.stages),
+        motion_for(cell.statement, cell.stages, layered=is_layered(problem)),
         gamma=cell.step / (2 * (2 * cell.stages - 1) * problem.L),
         iterations=cell.iterations,
-        momentum=MOMENTUM if cell.statement == "theorem-m" else 0.0,
+        momentum=momentum_for(cell.statement),
         monte_carlo=MonteCarlo(cell.alpha or 0.5, seed, most=4096, always=cell.alpha > 0),
     )
 
 
-MOMENTUM = 0.9
+def motion_for(statement: str, stages: int, layered: bool = False) -> Schedule | tuple[int, ...]:
+    """Return the motion on which a statement is tried, on a problem with real stages or without.
 
-
-def motion_for(statement: str, problem: str, stages: int) -> Schedule | tuple[int, ...]:
-    """Return the motion on which a statement is tried.
-
-    >>> motion_for("lian", "kuramoto", 3)
+    >>> motion_for("lian", 3)
     (2, 2, 2)
     """
-    if statement == "lian":
+    if _asks(statement, UNIFORM_DELAYS):
         return (stages - 1,) * stages
-    if statement in ("features-replay", "theorem-f") and problem.endswith("-chain"):
+    if layered and _asks(statement, REPLAYED, SUFFICIENT_DIRECTION):
         return fr(stages)
     return ddg(stages)
+
+
+def momentum_for(statement: str) -> float:
+    """Return the momentum with which a statement is tried.
+
+    >>> momentum_for("theorem-m"), momentum_for("theorem-a")
+    (0.9, 0.0)
+    """
+    return 0.9 if _asks(statement, MOMENTUM_DELAYS) else 0.0
 
 
 def counts(reports: Sequence[Report]) -> dict[Verdict, int]:
@@ -136,10 +150,8 @@ def _cells(
     statements: Sequence[str], problems: Sequence[str], stages: Sequence[int]
 ) -> Iterator[Cell]:
     for statement in statements:
-        sampled = (
-            STATEMENTS[statement].scope is Scope.AVERAGE
-            and statement not in _FULL
-            and statement != "features-replay"
+        sampled = STATEMENTS[statement].scope is Scope.AVERAGE and not _asks(
+            statement, FULL_GRADIENTS, SUFFICIENT_DIRECTION
         )
         for problem in problems:
             finite = math.isfinite(make(problem, 1).M)
@@ -151,8 +163,5 @@ def _cells(
                         yield Cell(statement, problem, count, step, iterations, alpha)
 
 
-_FULL = ("theorem-d", "c-tau")
-
-
-def _problem(cell: Cell) -> Problem:
-    return make(cell.problem, cell.stages, 1 if cell.statement in _FULL else 2)
+def _asks(statement: str, *hypotheses: Hypothesis) -> bool:
+    return any(hypothesis in STATEMENTS[statement].hypotheses for hypothesis in hypotheses)
