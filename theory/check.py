@@ -16,6 +16,7 @@ from theory.paths import (
     Expectations,
     Step,
     count_paths,
+    draw_paths,
     expectations,
     sampled_averages,
     worst_inner_product,
@@ -27,6 +28,10 @@ from theory.statement import Constants, Scope, Statement, Status
 #: Rounding that is allowed for, relative to the numbers compared: some 4500 units in the last
 #: place, for runs of at most a few dozen ticks. An allowance, not an interval enclosure.
 ROUNDING = 1e-12
+#: Beyond, a run would take minutes, and the rounding allowed for would be too little.
+MAX_ITERATIONS = 10_000
+#: Random paths along which the problem's claims are held against what is seen.
+PROBED_PATHS = 64
 #: By how much a run may exceed a constant of its problem before the problem is called wrong.
 CLAIM_SLACK = 1e-6
 
@@ -104,6 +109,8 @@ class _Sides:
     interval: tuple[float, float] | None = None
 
 
+# Steps far too large overflow on purpose: the verdict is INCONCLUSIVE then.
+@np.errstate(over="ignore", invalid="ignore")
 def check(
     statement: Statement | str,
     problem: Problem,
@@ -120,7 +127,7 @@ def check(
         problem: see `theory.problems.make`; as many blocks as there are stages.
         source: how the weights move: a training method, or delays in ticks, (K,) or (T, K).
         gamma: the step size; the first one where the statement is about decreasing steps.
-        iterations: the number T of ticks, without a drain.
+        iterations: the number T of ticks, without a drain, up to MAX_ITERATIONS.
         momentum: beta in [0, 1), for motions with fixed delays.
         monte_carlo: how to draw random paths for averages, beyond 10^7 paths or always.
 
@@ -146,6 +153,8 @@ def check(
     """
     if isinstance(statement, str):
         statement = statement_named(statement)
+    if iterations > MAX_ITERATIONS:
+        raise ValueError(f"iterations must be at most {MAX_ITERATIONS}, got {iterations}")
     gammas = statement.step_rule(gamma, iterations)
     run = motion(source, iterations, momentum, stages=len(problem.blocks))
     constants = _constants(problem, run)
@@ -265,11 +274,13 @@ def _sampling(
     if few and not wanted.always:
         return None
     possible = statement.scope is Scope.AVERAGE and statement.key != "features-replay"
-    if possible and math.isfinite(problem.M):
+    if possible and 0 < problem.M < math.inf:
         return wanted
     if not wanted.always:
         count_paths(problem.num_samples, iterations, run.samples_per_iteration)  # says what fits
-    reason = "M is infinite" if possible else f"{statement.key} is not about one bounded average"
+    reason = (
+        f"M = {problem.M:g}" if possible else f"{statement.key} is not about one bounded average"
+    )
     raise ValueError(f"monte_carlo: random paths prove nothing here, because {reason}")
 
 
@@ -289,9 +300,19 @@ def _sampled(
     sampling: MonteCarlo,
     failing: bool,
 ) -> _Sides:
-    assert statement.bound is not None
-    bound = statement.bound(constants, gammas)
+    bound = _bound(statement, constants, gammas)
     if failing:
+        return _Sides(math.nan, bound, 0.0, paths=0)
+    # Their own generator, so that the draws below are as they would be without.
+    few = draw_paths(
+        np.random.default_rng((sampling.seed, 1)),
+        problem.num_samples,
+        len(gammas) * run.samples_per_iteration,
+        PROBED_PATHS,
+    )
+    means = expectations(run, problem, gammas, few)
+    _require_claims(problem, means)
+    if not (_finite(means) and math.isfinite(bound)):
         return _Sides(math.nan, bound, 0.0, paths=0)
     rng = np.random.default_rng(sampling.seed)
     first = constants.max_delay if statement.after_warm_up else 0
@@ -319,10 +340,11 @@ def _given_weights(
     constants: Constants,
     gammas: FloatArray,
 ) -> _Sides:
-    assert statement.bound is not None
     first = constants.max_delay if statement.after_warm_up else 0
-    worst = worst_step(run, problem, gammas, statement.bound(constants, gammas), first)
+    worst = worst_step(run, problem, gammas, _bound(statement, constants, gammas), first)
     paths = count_paths(problem.num_samples, len(gammas), run.samples_per_iteration)
+    if worst.left > worst.right:  # is it the statement, or a constant of the problem?
+        _require_claims(problem, expectations(run, problem, gammas))
     return _stepped(worst, paths)
 
 
@@ -340,11 +362,12 @@ def _in_total(
     means: Expectations,
     paths: int,
 ) -> _Sides:
-    assert statement.bound is not None
     first = constants.max_delay if statement.after_warm_up else 0
-    bound = statement.bound(constants, gammas)
+    bound = _bound(statement, constants, gammas)
+    if not _finite(means):
+        return _Sides(math.nan, bound, 0.0, paths)
     if statement.scope is Scope.AVERAGE:
-        weights = gammas[first:]
+        weights = gammas[first:] / gammas[first]
         measured = math.fsum(weights * means.squares[first:]) / math.fsum(weights)
         return _Sides(measured, bound, ROUNDING * max(measured, bound), paths)
     lefts = np.diff(means.values)
@@ -352,6 +375,18 @@ def _in_total(
     t = first + int(np.argmax((lefts - rights)[first:]))
     scale = float(np.abs(means.values).max())
     return _stepped(Step(t, float(lefts[t]), float(rights[t]), scale), paths)
+
+
+def _bound(statement: Statement, constants: Constants, gammas: FloatArray) -> float:
+    assert statement.bound is not None
+    try:
+        return statement.bound(constants, gammas)
+    except OverflowError:
+        return math.inf
+
+
+def _finite(means: Expectations) -> bool:
+    return bool(np.isfinite(means.values).all() and np.isfinite(means.squares).all())
 
 
 def _stepped(step: Step, paths: int) -> _Sides:
@@ -364,7 +399,7 @@ def _judge(statement: Statement, failing: tuple[str, ...], sides: _Sides) -> tup
     if failing:
         return Verdict.NOT_APPLICABLE, "hypotheses not met: " + "; ".join(failing)
     if not (math.isfinite(measured) and math.isfinite(bound)):
-        return Verdict.INCONCLUSIVE, "a side is not finite"
+        return Verdict.INCONCLUSIVE, "f, its gradient or a side is not finite"
     if sides.interval is not None:
         lower, upper = sides.interval
         if upper < bound - rounding:

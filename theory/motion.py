@@ -158,7 +158,7 @@ def motion(
             f"tick), got {given.shape}"
         )
     if not np.issubdtype(given.dtype, np.integer):
-        raise ValueError(f"delays must be whole ticks, got {given.dtype}")
+        raise ValueError(f"delays must be whole ticks of 64 bits, got {given.dtype}")
     if wrong := [int(d) for d in given.flat if not 0 <= d < iterations]:
         raise ValueError(
             f"delays must be from 0 to iterations - 1 = {iterations - 1}, or they never end, got "
@@ -181,12 +181,12 @@ def _require_plain(schedule: Schedule) -> None:
 def _note_delays(schedule: Schedule, worker: int, found: list[set[int]]) -> None:
     """Add the delays of the worker's updates; complain about reads outside of ticks q..q+d_k."""
     newest_at: dict[tuple[int, int], int] = {}  # (stage, tick) -> version at the tick's start
-    newest = [0] * schedule.num_stages
+    newest = dict.fromkeys((template.stage for template in schedule.workers[worker]), 0)
     tick = -1
     for op in schedule.program(worker, 2 * steady_iterations(schedule), drain=False):
         while tick < op.iteration:
             tick += 1
-            newest_at.update(((stage, tick), version) for stage, version in enumerate(newest))
+            newest_at.update(((stage, tick), version) for stage, version in newest.items())
         if op.kind is OpKind.UPDATE:
             newest[op.stage] = op.version
             found[op.stage].add(op.iteration - op.sample)
