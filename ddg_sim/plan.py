@@ -125,44 +125,44 @@ def plan(
 ) -> Plan:
     """Predict every combination, and rank them.
 
-        The sweep runs through joblib: inside ``joblib.parallel_config(backend="dask")`` (or "ray") a
-        cluster's workers do it. The result does not depend on who does.
+    The sweep runs through joblib: inside ``joblib.parallel_config(backend="dask")`` (or "ray") a
+    cluster's workers do it. The result does not depend on who does.
 
-        Args:
-            graph: layers as measured.
-            names: of methods, see `methods.METHODS`. "dp" takes stages x replicas devices as replicas.
-            stages: numbers of stages.
-            batch_sizes: samples per update over all replicas; None is the profile's batch.
-            micro_batches: per update, of the methods that split it; the others do 1 only. None: what
-                each method takes by itself.
-            replicas: data-parallel copies.
-            syncs: synchronisations; None is each method's own.
-            stages_per_device: how many consecutive workers of a schedule share a device, see `fold`;
-                a worker holds one stage, but for the methods that put several on one.
-            cluster: the devices, in their order; None is any number of equal ones with free links.
-            optimizer: one of `OPTIMIZERS`.
-            profile_batch_size: samples of the batch that ``graph`` was measured with, if known.
-            jitter: factor on every operation, drawn anew for each.
-            precision: of the periods where times vary: half their 95 % interval, as a fraction.
-            seed: of the draws; all points meet the same luck.
-            exact: whether to look for the best cuts as long as it takes, see `partition`.
-            jobs: processes; None leaves it to joblib's configuration (one, without any).
-            progress: called with the points done and all points.
+    Args:
+        graph: layers as measured.
+        names: of methods, see `methods.METHODS`. "dp" takes stages x replicas devices as replicas.
+        stages: numbers of stages.
+        batch_sizes: samples per update over all replicas; None is the profile's batch.
+        micro_batches: per update, of the methods that split it; the others do 1 only. None: what
+            each method takes by itself.
+        replicas: data-parallel copies.
+        syncs: synchronisations; None is each method's own.
+        stages_per_device: how many consecutive workers of a schedule share a device, see `fold`;
+            a worker holds one stage, but for the methods that put several on one.
+        cluster: the devices, in their order; None is any number of equal ones with free links.
+        optimizer: one of `OPTIMIZERS`.
+        profile_batch_size: samples of the batch that ``graph`` was measured with, if known.
+        jitter: factor on every operation, drawn anew for each.
+        precision: of the periods where times vary: half their 95 % interval, as a fraction.
+        seed: of the draws; all points meet the same luck.
+        exact: whether to look for the best cuts as long as it takes, see `partition`.
+        jobs: processes; None leaves it to joblib's configuration (one, without any).
+        progress: called with the points done and all points.
 
-        Raises:
-            EmptyPlanError: if no point is possible; says why.
-            ValueError: naming an argument that is wrong.
+    Raises:
+        EmptyPlanError: if no point is possible; says why.
+        ValueError: naming an argument that is wrong.
 
-        >>> from ddg_sim.folding import fold
+    >>> from ddg_sim.folding import fold
     from ddg_sim.layers import Layer
-        >>> layers = tuple(Layer(f"layer{n}", 0.01, 0.02) for n in range(8))
-        >>> chain = LayerGraph(layers, tuple((n, n + 1) for n in range(7)))
-        >>> for row in plan(chain, ["bp", "ddg"], [2, 4, 16]).rows:
-        ...     print(row.schedule.method, row.devices, f"{row.period.value:g} {row.over_bp.value:g}")
-        ddg 4 0.06 4
-        ddg 2 0.12 2
-        bp 2 0.24 1
-        bp 4 0.24 1
+    >>> layers = tuple(Layer(f"layer{n}", 0.01, 0.02) for n in range(8))
+    >>> chain = LayerGraph(layers, tuple((n, n + 1) for n in range(7)))
+    >>> for row in plan(chain, ["bp", "ddg"], [2, 4, 16]).rows:
+    ...     print(row.schedule.method, row.devices, f"{row.period.value:g} {row.over_bp.value:g}")
+    ddg 4 0.06 4
+    ddg 2 0.12 2
+    bp 2 0.24 1
+    bp 4 0.24 1
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}")
