@@ -186,7 +186,8 @@ def print_table(
     )
     for place, column in enumerate(columns):
         justify: JustifyMethod = "right" if place and numeric and column not in left else "left"
-        table.add_column(column, justify=justify, overflow="fold")
+        name = numeric and not place  # of a row: never broken, however narrow the terminal
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=name)
     for row in rows:
         table.add_row(*map(escape, row))  # a formula's brackets are no markup
     console().print(table)

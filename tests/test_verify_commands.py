@@ -135,6 +135,14 @@ def test_tables_are_as_wide_as_the_environment_says(ddg, monkeypatch, columns):
     assert max(map(len, out.splitlines())) == columns
 
 
+def test_names_are_not_broken_at_80_columns(ddg, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    keys = "theorem-a-young,features-replay,lemma1"
+    _, out, _ = ddg(f"verify table --problems kuramoto --stages 1 --statements {keys}")
+    assert max(len(line) for line in out.splitlines() if line.startswith("│")) <= 80
+    assert all(f"│ {key}" in out for key in keys.split(","))
+
+
 def test_a_name_given_twice_is_checked_once(ddg):
     words = "--problems kuramoto,kuramoto --statements theorem-d,theorem-d --stages 1,1 --json"
     code, out, _ = ddg(f"verify table {words}")
