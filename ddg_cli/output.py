@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -40,6 +41,23 @@ def durations(option: str, text: str) -> Time | tuple[Time, ...]:
     except ValueError as error:
         raise ValueError(f"{option} {text!r}: {error}") from None
     return found if len(found) > 1 else found[0]
+
+
+def names(option: str, text: str | None) -> tuple[str, ...] | None:
+    """Parse ``a,b`` to names, each once; None stays None.
+
+    Raises:
+        ValueError: naming the option and its value.
+
+    >>> names("--problems", "kuramoto, welsch,kuramoto")
+    ('kuramoto', 'welsch')
+    """
+    if text is None:
+        return None
+    found = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if "" in found:
+        raise ValueError(f"{option} must be names such as a,b, got {text!r}")
+    return found
 
 
 def integers(option: str, text: str | None) -> tuple[int, ...] | None:
@@ -99,6 +117,18 @@ def output_path(option: str, path: Path | None, suffixes: Sequence[str] = ()) ->
     return path
 
 
+def only(context: typer.Context, mode: str, *names: str) -> None:
+    """Check that no argument was given that ``mode`` would not read, except those named.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in names:
+            raise ValueError(f"{parameter.opts[0]} means nothing with {mode}: leave it out")
+
+
 def different_files(**paths: Path | None) -> None:
     """Check that no two options name the same file, of which one would be lost.
 
@@ -156,7 +186,8 @@ def print_table(
     )
     for place, column in enumerate(columns):
         justify: JustifyMethod = "right" if place and numeric and column not in left else "left"
-        table.add_column(column, justify=justify, overflow="fold")
+        name = numeric and not place  # of a row: never broken, however narrow the terminal
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=name)
     for row in rows:
         table.add_row(*map(escape, row))  # a formula's brackets are no markup
     console().print(table)
@@ -168,8 +199,9 @@ def print_line(text: str) -> None:
 
 
 def console() -> Console:
-    """Where results go; wide enough for tables where the output is no terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=110)
+    """Where results go; wide enough for tables where nothing says how wide the output is."""
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console() if known else Console(width=110)
 
 
 def warn(text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ddg_cli.output import choice, output_path, print_line
+from ddg_cli.output import choice, only, output_path, print_line
 
 
 class Picture(Enum):
@@ -20,7 +20,18 @@ class Picture(Enum):
     TIGHTNESS = "tightness"
 
 
+ON_PROBLEM = ("problem", "samples", "stages", "gamma", "iterations")
+#: The options that a picture reads.
+READ: dict[Picture, tuple[str, ...]] = {
+    Picture.REGION: (),
+    Picture.FRONTIER: ("stages", "momentum"),
+    Picture.BOUNDS: ON_PROBLEM,
+    Picture.TIGHTNESS: ON_PROBLEM,
+}
+
+
 def plot(
+    context: typer.Context,
     picture: Annotated[
         str, typer.Argument(help="What to draw: region, frontier, bounds or tightness.")
     ],
@@ -46,6 +57,7 @@ def plot(
     of DDG. tightness: measured/bound over K.
     """
     chosen = choice("picture", picture, Picture)
+    only(context, chosen.value, "picture", "path", *READ[chosen])
     output_path("PATH", path, (".png", ".svg"))
     from theory import plot as draw
 

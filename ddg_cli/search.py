@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from ddg_cli.output import output_path, print_json, print_line, print_table
+from ddg_cli.output import only, output_path, print_json, print_line, print_table
 from ddg_cli.verify import CertificateFile, print_report, report_fields
 
 CONJECTURE = "conjecture"
 
 
 def search(
+    context: typer.Context,
     target: Annotated[str, typer.Argument(help="A statement such as lemma1, or conjecture.")],
     most: Annotated[int, typer.Option(min=1, help="Inputs to try on a statement.")] = 2000,
     certificate: CertificateFile = None,
@@ -36,8 +37,10 @@ def search(
     if target == CONJECTURE:
         if certificate is not None:
             raise ValueError(f"--certificate {certificate}: is for statements, such as c-tau")
+        only(context, "conjecture", "target", "max_delay", "iterations", "trials", "seed", "json")
         _search_conjecture(max_delay, iterations, trials, seed, json)
     else:
+        only(context, "a statement", "target", "most", "certificate", "json")
         _search_statement(target, most, certificate, json)
 
 

@@ -11,6 +11,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from ddg_cli.output import (
     integers,
+    names,
+    only,
     output_path,
     print_json,
     print_line,
@@ -58,11 +60,12 @@ def _group() -> None:
 
 @app.command("statement", cls=Statement, hidden=True)
 def verify(
+    context: typer.Context,
     statement: Annotated[str | None, typer.Argument(help="Statement; --list has them.")] = None,
     problem: Annotated[
         str | None, typer.Option(help="Problem with proved constants, such as kuramoto.")
     ] = None,
-    stages: Annotated[int | None, typer.Option(min=1, help="Number of stages K.")] = None,
+    stages: Annotated[int | None, typer.Option(min=1, max=200, help="Number of stages K.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Step size (the first one).")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Number of iterations T.")] = None,
     method: Annotated[str | None, typer.Option(help="Training method; default: ddg.")] = None,
@@ -89,11 +92,17 @@ def verify(
     sequences decide.
     """
     if list_:
+        only(context, "--list", "list_", "json")
         _list(json)
         return
     if recheck is not None:
+        only(context, "--recheck", "recheck", "json")
         _recheck(recheck, json)
         return
+    if statement is not None:  # also where it is the misspelt name of a subcommand
+        from theory.bounds import statement_named
+
+        statement_named(statement)
     wanted = integers("--delays", delays)
     if stages is None and wanted is not None:
         stages = len(wanted)
@@ -151,12 +160,12 @@ def table(
     from theory.sweep import counts
     from theory.sweep import table as check_all
 
-    keys = statements.split(",") if statements else list(STATEMENTS)
+    keys = names("--statements", statements) or tuple(STATEMENTS)
     with progress_bar("verify") as progress:
         found = check_all(
             [statement_named(key).key for key in keys],
-            problems.split(",") if problems else list(PROBLEMS),
-            integers("--stages", stages) or (),
+            names("--problems", problems) or tuple(PROBLEMS),
+            sorted(set(integers("--stages", stages) or ())),
             alpha,
             seed,
             jobs,

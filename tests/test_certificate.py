@@ -160,3 +160,11 @@ def test_jobs_do_not_change_the_table():
         table(*arguments, alpha=1)
     with pytest.raises(ValueError, match="each name at least one"):
         table(["theorem-v"], ["cauchy"], [])
+
+
+def test_a_delay_beyond_64_bits_is_one_line():
+    named = Named(name="kuramoto", stages=2)
+    report = check("theorem-a", named.build(), [1, 0], 0.01, 3)
+    edited = certify(report, named, [1, 0]).model_copy(update={"delays": [[10**30, 0]]})
+    with pytest.raises(CertificateError, match="the certificate cannot be run: .*int"):
+        recheck(edited)

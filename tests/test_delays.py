@@ -129,11 +129,14 @@ def test_errors_name_argument_and_value():
         run([1, 1, 1])
     with pytest.raises(ValueError, match=r"delays must have shape .* got \(1, 2, 3\)"):
         run(lambda shape: np.zeros(shape[::-1], dtype=int))
-    with pytest.raises(ValueError, match="delays must be whole ticks, got float64"):
+    with pytest.raises(ValueError, match="delays must be whole ticks of 64 bits, got float64"):
         run([1.0, 0.0])
     with pytest.raises(ValueError, match=r"paths must have shape \(P >= 1, 3\), got \(1, 2\)"):
         run(paths=samples[:, :2])
     with pytest.raises(ValueError, match="step_sizes must be a vector of positive"):
         run(gammas=[])
+    for beta in (1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got"):
+            delayed(problem, [1, 0], samples, steps, momentum=beta)
     with pytest.raises(ValueError, match="longest must be at least 0, got -2"):
         uniform_delays(-2, seed=0)

@@ -19,7 +19,8 @@ from theory.iterate import snapshot_delays
 from theory.links import COSINE
 from theory.motion import motion
 from theory.paths import expectations, mean_squared_gradients, sampled_averages
-from theory.problems import make, opposed_cosines
+from theory.probe import GivenProblem
+from theory.problems import make, one_sided_cosine, opposed_cosines
 from theory.quadratic import NoisyQuadratic
 from theory.ridge import RidgeSum
 from theory.stability import c_tau, stable_limit
@@ -230,8 +231,9 @@ def test_constants_that_are_five_percent_wrong_are_caught(claim, shown):
         check("theorem-a", Claiming(opposed_cosines(), **claim), *arguments)
 
 
-def test_an_M_too_small_for_one_path_is_caught_by_random_paths():
-    # ||grad f||^2 = 2 at the start, whatever E||grad f_i||^2 may be.
+def test_an_M_too_small_for_one_path_is_caught_by_random_paths(monkeypatch):
+    # ||grad f||^2 = 2 at the start, whatever E||grad f_i||^2 may be on the paths probed before.
+    monkeypatch.setattr("theory.check._require_claims", lambda problem, means: None)
     problem = Claiming(opposed_cosines(), M=1.9)
     with pytest.raises(ValueError, match=r"M = 1.9, but \|\|grad f\|\|\^2 = 2"):
         check("theorem-a", problem, ddg(2), 1e-3, 1, monte_carlo=MonteCarlo(always=True))
@@ -336,6 +338,55 @@ def test_a_direction_that_is_not_sufficient_is_measured():
     assert good.verdict is Verdict.VERIFIED
 
 
+# --- Numbers that are none, and problems that claim too much --------------------------------------
+
+
+def test_f_or_gradients_that_are_not_finite_on_the_way_verify_nothing():
+    def nan_on_the_way(w):  # w_1 = 1 is the start; every step makes it smaller
+        return np.where(w[:, 0] < 1.0, np.nan, 1.0)
+
+    def value(w):
+        return 1.0 - np.cos(w[:, 0])
+
+    def gradient(w, i):
+        return np.stack([np.sin(w[:, 0]), 0.0 * w[:, 0]], axis=1)
+
+    claims = {"L": 1.0, "M": 1.0, "variance": 0.0, "f_star": 0.0, "num_samples": 1}
+    claims |= {"start": np.array([1.0, 0.0]), "blocks": (slice(0, 1), slice(1, 2))}
+    problems = (
+        GivenProblem(lambda w: nan_on_the_way(w) * value(w), gradient, **claims),
+        GivenProblem(value, lambda w, i: nan_on_the_way(w)[:, None] * gradient(w, i), **claims),
+    )
+    for problem in problems:
+        for key in ("lemma1", "lemma1-steady", "lemma1-prime", "theorem-a", "theorem-d", "c-tau"):
+            report = check(key, problem, ddg(2), 0.01, 6)
+            assert report.verdict is Verdict.INCONCLUSIVE, key
+            assert "not finite" in report.reason
+        sampled = check("theorem-a", problem, ddg(2), 0.01, 6, 0.0, MonteCarlo(always=True))
+        assert sampled.verdict is Verdict.INCONCLUSIVE
+
+
+@pytest.mark.parametrize("gamma", [1e200, 1e308])
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("key", ["theorem-a", "theorem-a-young", "theorem2-prime", "theorem-f"])
+@pytest.mark.filterwarnings("error")
+def test_steps_so_large_that_numbers_overflow_are_inconclusive(gamma, always, key):
+    sampling = MonteCarlo(always=always)
+    report = check(key, make("kuramoto", 2), ddg(2), gamma, 4, 0.0, sampling)
+    assert report.verdict is Verdict.INCONCLUSIVE
+
+
+def test_no_violation_is_found_where_the_problem_is_wrong():
+    cosine = one_sided_cosine()
+    with pytest.raises(ValueError, match="'one-sided-cosine' is wrong: M = 0.1, but"):
+        check("lemma1", Claiming(cosine, M=0.1), ddg(2), 0.01, 2)
+    always = MonteCarlo(always=True)
+    with pytest.raises(ValueError, match="'one-sided-cosine' is wrong: L = 0.001, but"):
+        check("theorem-a", Claiming(cosine, L=1e-3), [1, 0], 1.0, 20, monte_carlo=always)
+    with pytest.raises(ValueError, match="'one-sided-cosine' is wrong: f_star = 0.9, but"):
+        check("theorem-a", Claiming(cosine, f_star=0.9), [1, 0], 0.5, 20, monte_carlo=always)
+
+
 # --- Wrong arguments, in one line -----------------------------------------------------------------
 
 
@@ -346,14 +397,24 @@ def test_a_direction_that_is_not_sufficient_is_measured():
         ({"source": [4, 0]}, "delays must be from 0 to iterations - 1 = 3, .* got 4"),
         ({"source": [-1, 0]}, "delays must be from 0 .* got -1"),
         ({"source": [1, 0, 0]}, r"delays must have shape \(2,\) or \(4, 2\), .* got \(3,\)"),
-        ({"source": [0.5, 0]}, "delays must be whole ticks, got float64"),
+        ({"source": [0.5, 0]}, "delays must be whole ticks of 64 bits, got float64"),
+        ({"source": [10**30, 0]}, "delays must be whole ticks of 64 bits, got object"),
+        ({"iterations": 10**9}, "iterations must be at most 10000, got 1000000000"),
+        (
+            {"problem": Claiming(make("cauchy", 2), blocks=(slice(0, 3), slice(2, 4)))},
+            "blocks must be slices that follow each other from weight 0 to 4, got",
+        ),
+        (
+            {"problem": Claiming(make("cauchy", 1), blocks=(slice(0, 1),)), "source": [0]},
+            "blocks must be slices that follow each other from weight 0 to 2, got",
+        ),
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1"),
         ({"problem": Claiming(make("cauchy", 2), start=np.full(4, np.nan))}, "f.* = nan is not"),
         ({"monte_carlo": MonteCarlo(alpha=2, always=True)}, "alpha must be between 0 and 1"),
         ({"statement": "lemma1", "monte_carlo": MonteCarlo(always=True)}, "lemma1 is not about"),
         (
             {"problem": make("noisy-quadratic", 2), "monte_carlo": MonteCarlo(always=True)},
-            "because M is infinite",
+            "because M = inf",
         ),
         (
             {

@@ -100,6 +100,24 @@ def test_what_is_drawn_is_what_is_measured(tmp_path, monkeypatch):
         ("plot bounds p.png --problem lasso", ["'lasso'"]),
         ("plot bounds p.png --gamma -1", ["gamma", "-1"]),
         ("plot region nowhere/p.png", ["nowhere"]),
+        ("plot region p.png --stages 4", ["--stages", "region"]),
+        ("plot frontier p.png --problem kuramoto", ["--problem", "frontier"]),
+        ("plot bounds p.png --momentum 0.5", ["--momentum", "bounds"]),
+        ("search lemma1 --max-delay 2", ["--max-delay", "statement"]),
+        ("search conjecture --most 5", ["--most", "conjecture"]),
+        ("theorem-a --list", ["statement", "--list"]),
+        ("--recheck x.json --gamma 1", ["--gamma", "--recheck"]),
+        ("tabel", ["'tabel'", "theorem-a"]),
+        ("table --problems ''", ["--problems", "''"]),
+        ("table --statements theorem-a,", ["--statements", "'theorem-a,'"]),
+        (
+            "theorem-a --problem kuramoto --stages 2 --gamma 0.1 --iterations 100000",
+            ["iterations", "10000", "100000"],
+        ),
+        (
+            "theorem-a --problem kuramoto --stages 201 --gamma 0.1 --iterations 4",
+            ["--stages", "201", "200"],
+        ),
     ],
 )
 def test_mistakes_are_one_line(ddg, words, named):
@@ -107,3 +125,25 @@ def test_mistakes_are_one_line(ddg, words, named):
     assert (code, out) == (2, "")
     assert error.count("\n") == 1
     assert all(part in error for part in named)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_tables_are_as_wide_as_the_environment_says(ddg, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = ddg("verify --list")
+    assert code == 0
+    assert max(map(len, out.splitlines())) == columns
+
+
+def test_names_are_not_broken_at_80_columns(ddg, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    keys = "theorem-a-young,features-replay,lemma1"
+    _, out, _ = ddg(f"verify table --problems kuramoto --stages 1 --statements {keys}")
+    assert max(len(line) for line in out.splitlines() if line.startswith("│")) <= 80
+    assert all(f"│ {key}" in out for key in keys.split(","))
+
+
+def test_a_name_given_twice_is_checked_once(ddg):
+    words = "--problems kuramoto,kuramoto --statements theorem-d,theorem-d --stages 1,1 --json"
+    code, out, _ = ddg(f"verify table {words}")
+    assert (code, len(json.loads(out)["cells"])) == (0, 2)

@@ -212,7 +212,7 @@ def recheck(certificate: Certificate) -> tuple[Report, list[str]]:
             certificate.momentum,
             MonteCarlo(**sampling.model_dump(), always=True) if sampling else MonteCarlo(),
         )
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, OverflowError) as error:
         raise CertificateError(f"the certificate cannot be run: {error}") from None
     found = []
     for name, stored, now in (

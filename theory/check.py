@@ -17,6 +17,7 @@ from theory.paths import (
     Expectations,
     Step,
     count_paths,
+    draw_paths,
     expectations,
     sampled_averages,
     worst_inner_product,
@@ -28,6 +29,10 @@ from theory.statement import Constants, Scope, Statement, Status
 #: Rounding that is allowed for, relative to the numbers compared: some 4500 units in the last
 #: place, for runs of at most a few dozen ticks. An allowance, not an interval enclosure.
 ROUNDING = 1e-12
+#: Beyond, a run would take minutes, and the rounding allowed for would be too little.
+MAX_ITERATIONS = 10_000
+#: Random paths along which the problem's claims are held against what is seen.
+PROBED_PATHS = 64
 #: By how much a run may exceed a constant of its problem before the problem is called wrong.
 CLAIM_SLACK = 1e-6
 
@@ -105,6 +110,8 @@ class _Sides:
     interval: tuple[float, float] | None = None
 
 
+# Steps far too large overflow on purpose: the verdict is INCONCLUSIVE then.
+@np.errstate(over="ignore", invalid="ignore")
 def check(
     statement: Statement | str,
     problem: Problem,
@@ -121,7 +128,7 @@ def check(
         problem: see `theory.problems.make`; as many blocks as there are stages.
         source: how the weights move: a training method, or delays in ticks, (K,) or (T, K).
         gamma: the step size; the first one where the statement is about decreasing steps.
-        iterations: the number T of ticks, without a drain.
+        iterations: the number T of ticks, without a drain, up to MAX_ITERATIONS.
         momentum: beta in [0, 1), for motions with fixed delays.
         monte_carlo: how to draw random paths for averages, beyond 10^7 paths or always.
 
@@ -147,6 +154,8 @@ def check(
     """
     if isinstance(statement, str):
         statement = statement_named(statement)
+    if iterations > MAX_ITERATIONS:
+        raise ValueError(f"iterations must be at most {MAX_ITERATIONS}, got {iterations}")
     gammas = statement.step_rule(gamma, iterations)
     run = motion(source, iterations, momentum, stages=len(problem.blocks))
     constants = _constants(problem, run)
@@ -267,7 +276,7 @@ def _sampling(
         return None
     measures = SUFFICIENT_DIRECTION in statement.hypotheses
     possible = statement.scope is Scope.AVERAGE and not measures
-    if possible and math.isfinite(problem.M):
+    if possible and 0 < problem.M < math.inf:
         return wanted
     if not wanted.always:
         count_paths(problem.num_samples, iterations, run.samples_per_iteration)  # says what fits
@@ -275,7 +284,7 @@ def _sampling(
     if measures:
         reason = f"{statement.key} has constants that are measured over all paths"
     elif possible:
-        reason = "M is infinite"
+        reason = f"M = {problem.M:g}"
     raise ValueError(f"monte_carlo: random paths prove nothing here, because {reason}")
 
 
@@ -296,9 +305,19 @@ def _sampled(
     sampling: MonteCarlo,
     failing: bool,
 ) -> _Sides:
-    assert statement.bound is not None
-    bound = statement.bound(constants, gammas)
+    bound = _bound(statement, constants, gammas)
     if failing:
+        return _Sides(math.nan, bound, 0.0, paths=0)
+    # Their own generator, so that the draws below are as they would be without.
+    few = draw_paths(
+        np.random.default_rng((sampling.seed, 1)),
+        problem.num_samples,
+        len(gammas) * run.samples_per_iteration,
+        PROBED_PATHS,
+    )
+    means = expectations(run, problem, gammas, few)
+    _require_claims(problem, means)
+    if not (_finite(means) and math.isfinite(bound)):
         return _Sides(math.nan, bound, 0.0, paths=0)
     rng = np.random.default_rng(sampling.seed)
     first = constants.max_delay if statement.after_warm_up else 0
@@ -329,6 +348,8 @@ def _given_weights(
     first = constants.max_delay if statement.after_warm_up else 0
     worst = worst_step(run, problem, gammas, _step_constants(statement, constants, gammas), first)
     paths = count_paths(problem.num_samples, len(gammas), run.samples_per_iteration)
+    if worst.left > worst.right:  # is it the statement, or a constant of the problem?
+        _require_claims(problem, expectations(run, problem, gammas))
     return _stepped(worst, paths)
 
 
@@ -346,11 +367,12 @@ def _in_total(
     means: Expectations,
     paths: int,
 ) -> _Sides:
-    assert statement.bound is not None
     first = constants.max_delay if statement.after_warm_up else 0
+    if not _finite(means):
+        return _Sides(math.nan, _bound(statement, constants, gammas), 0.0, paths)
     if statement.scope is Scope.AVERAGE:
-        bound = statement.bound(constants, gammas)
-        weights = gammas[first:]
+        bound = _bound(statement, constants, gammas)
+        weights = gammas[first:] / gammas[first]
         measured = math.fsum(weights * means.squares[first:]) / math.fsum(weights)
         return _Sides(measured, bound, ROUNDING * max(measured, bound), paths)
     lefts = np.diff(means.values)
@@ -362,8 +384,19 @@ def _in_total(
 
 def _step_constants(statement: Statement, constants: Constants, gammas: FloatArray) -> FloatArray:
     """Return the c of every step's right side, (T,)."""
+    return np.array([_bound(statement, constants, gammas[: t + 1]) for t in range(len(gammas))])
+
+
+def _bound(statement: Statement, constants: Constants, gammas: FloatArray) -> float:
     assert statement.bound is not None
-    return np.array([statement.bound(constants, gammas[: t + 1]) for t in range(len(gammas))])
+    try:
+        return statement.bound(constants, gammas)
+    except OverflowError:
+        return math.inf
+
+
+def _finite(means: Expectations) -> bool:
+    return bool(np.isfinite(means.values).all() and np.isfinite(means.squares).all())
 
 
 def _stepped(step: Step, paths: int) -> _Sides:
@@ -376,7 +409,7 @@ def _judge(statement: Statement, failing: tuple[str, ...], sides: _Sides) -> tup
     if failing:
         return Verdict.NOT_APPLICABLE, "hypotheses not met: " + "; ".join(failing)
     if not (math.isfinite(measured) and math.isfinite(bound)):
-        return Verdict.INCONCLUSIVE, "a side is not finite"
+        return Verdict.INCONCLUSIVE, "f, its gradient or a side is not finite"
     if sides.interval is not None:
         lower, upper = sides.interval
         if upper < bound - rounding:

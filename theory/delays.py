@@ -39,7 +39,8 @@ def delayed(
             `uniform_delays`. A gradient may be used several times, or never.
         paths: (P, T) sample indices in [0, num_samples).
         step_sizes: (T,) positive; entry t applies to the updates made in tick t.
-        momentum: beta; every tick v <- beta v + gradient (if any has come), w <- w - gamma_t v.
+        momentum: beta in [0, 1); every tick v <- beta v + gradient (if any has come),
+            w <- w - gamma_t v.
 
     Returns:
         The trajectory, ``w`` of shape (T + 1, P, dim).
@@ -53,6 +54,8 @@ def delayed(
     [1.570796, 1.570796, 1.470796, 1.370796]
     """
     gammas = require_steps(step_sizes)
+    if not 0.0 <= momentum < 1.0:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
     samples = require_paths(problem, np.asarray(paths), len(gammas))
     shape = len(gammas), len(problem.blocks), len(samples)
     lags = _require_delays(delays, shape)
@@ -144,7 +147,7 @@ def _require_delays(delays: npt.ArrayLike | DelayLaw, shape: tuple[int, int, int
             f"delays must have shape ({stages},), {(ticks, stages)} or {shape}, got {found.shape}"
         )
     if not np.issubdtype(found.dtype, np.integer):
-        raise ValueError(f"delays must be whole ticks, got {found.dtype}")
+        raise ValueError(f"delays must be whole ticks of 64 bits, got {found.dtype}")
     if found.min() < 0:
         raise ValueError(f"delays must be at least 0, got {found.min()}")
     if found.max() > ticks:

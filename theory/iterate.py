@@ -138,12 +138,12 @@ def snapshot_delays(schedule: Schedule, *, replayed: bool = False) -> tuple[int,
     found: list[set[int]] = [set() for _ in range(schedule.num_stages)]
     for worker in range(len(schedule.workers)):
         newest_at: dict[tuple[int, int], int] = {}  # (stage, tick) -> version at the tick's start
-        newest = [0] * schedule.num_stages
+        newest = dict.fromkeys((template.stage for template in schedule.workers[worker]), 0)
         tick = -1
         for op in schedule.program(worker, 2 * steady_iterations(schedule), drain=False):
             while tick < op.iteration:
                 tick += 1
-                newest_at.update(((stage, tick), version) for stage, version in enumerate(newest))
+                newest_at.update(((stage, tick), version) for stage, version in newest.items())
             if op.kind is OpKind.UPDATE:
                 newest[op.stage] = op.version
                 found[op.stage].add(op.iteration - op.sample)
@@ -253,12 +253,20 @@ def require_steps(step_sizes: npt.ArrayLike) -> FloatArray:
 def require_paths(problem: Problem, paths: npt.NDArray[np.integer], length: int) -> IntArray:
     """Return sample paths (P, length) as 64-bit integers.
 
-    Raises ValueError unless they hold samples of the problem and have that length.
+    Raises ValueError unless they hold samples of the problem and have that length, and where the
+    problem's blocks do not share out its weights.
 
     >>> from theory.problems import make
     >>> require_paths(make("kuramoto", 2), np.array([[0, 1]], dtype=np.int8), 2)
     array([[0, 1]])
     """
+    ends = [0, *(block.stop for block in problem.blocks)]
+    slices = tuple(map(slice, ends, ends[1:]))
+    if problem.blocks != slices or ends[-1] != len(problem.start):
+        raise ValueError(
+            f"problem {problem.name!r}: blocks must be slices that follow each other from weight 0 "
+            f"to {len(problem.start)}, got {problem.blocks}"
+        )
     if paths.ndim != 2 or paths.shape[1] != length or not paths.size:
         raise ValueError(f"paths must have shape (P >= 1, {length}), got {paths.shape}")
     if not np.issubdtype(paths.dtype, np.integer):

@@ -150,7 +150,7 @@ def motion(
             f"tick), got {given.shape}"
         )
     if not np.issubdtype(given.dtype, np.integer):
-        raise ValueError(f"delays must be whole ticks, got {given.dtype}")
+        raise ValueError(f"delays must be whole ticks of 64 bits, got {given.dtype}")
     if wrong := [int(d) for d in given.flat if not 0 <= d < iterations]:
         raise ValueError(
             f"delays must be from 0 to iterations - 1 = {iterations - 1}, or they never end, got "

@@ -94,8 +94,15 @@ class Expectations:
     steepest: float
 
 
-def expectations(motion: Motion, problem: Problem, step_sizes: npt.ArrayLike) -> Expectations:
+def expectations(
+    motion: Motion,
+    problem: Problem,
+    step_sizes: npt.ArrayLike,
+    paths: IntArray | None = None,
+) -> Expectations:
     """Return the means over all n^(T m) sample paths, exactly up to rounding.
+
+    With ``paths`` (P, T m) those over these paths only.
 
     Raises ValueError if there are too many paths, or as `Motion.run` does.
 
@@ -107,14 +114,18 @@ def expectations(motion: Motion, problem: Problem, step_sizes: npt.ArrayLike) ->
     ([1.0, 0.990033], [1.0, 0.990033])
     """
     gammas = np.asarray(step_sizes, dtype=np.float64)
-    total = count_paths(problem.num_samples, len(gammas), motion.samples_per_iteration)
+    if paths is None:
+        total = count_paths(problem.num_samples, len(gammas), motion.samples_per_iteration)
+        batches = _batches(motion, problem, len(gammas))
+    else:
+        total, batches = len(paths), iter((paths,))
     sums = np.zeros((6, len(gammas) + 1))
     lowest, steepest = math.inf, 0.0
-    for paths in _batches(motion, problem, len(gammas)):
-        run = motion.run(problem, paths, gammas)
+    for batch in batches:
+        run = motion.run(problem, batch, gammas)
         before = None
         for tick, w in enumerate(run.distinct):
-            share = len(paths) / len(w) / total
+            share = len(batch) / len(w) / total
             values, slope = problem.value(w), problem.full_gradient(w)
             lowest = min(lowest, float(values.min()))
             sums[0, tick] += share * values.sum()
@@ -166,6 +177,8 @@ def sampled_averages(
     Each is that of one path drawn at random, so its expectation is the average of the G_t.
     """
     gammas = np.asarray(step_sizes, dtype=np.float64)
+    shares = gammas / gammas[first]  # the first is the largest, so that no sum overflows
+    shares /= math.fsum(shares[first:])
     length = len(gammas) * motion.samples_per_iteration
     size = max(1, BATCH_NUMBERS // (len(gammas) * len(problem.start)))
     found: list[FloatArray] = []
@@ -175,8 +188,8 @@ def sampled_averages(
         total = np.zeros(part)
         for tick in range(first, len(gammas)):
             squares = np.sum(problem.full_gradient(run.distinct[tick]) ** 2, axis=1)
-            total += gammas[tick] * spread(squares, part)
-        found.append(total / math.fsum(gammas[first:]))
+            total += shares[tick] * spread(squares, part)
+        found.append(total)
     return np.concatenate(found)
 
 
@@ -239,6 +252,7 @@ def worst_step(
 
     ``constant`` is the c of the right side -(gamma_t/2)||grad f(w^t)||^2 + c, for every t (T,) or
     one for all.
+    From the first step on at which a number is not finite, nothing is compared: the sides are nan.
     Raises ValueError if there are too many paths, or as `Motion.run` does.
 
     >>> from ddg_sim.methods import ddg
@@ -269,7 +283,10 @@ def worst_step(
             right = constants[t] - 0.5 * gammas[t] * slope
             scale = np.maximum(np.abs(now), np.abs(after).max(axis=1))
             parts.append(np.stack((before @ direction, left, right, scale)))
-        worst = max(worst, _worst_group(t, np.concatenate(parts, axis=1)), key=_excess)
+        table = np.concatenate(parts, axis=1)
+        if not np.isfinite(table).all():
+            return Step(t, math.nan, math.nan, math.nan)
+        worst = max(worst, _worst_group(t, table), key=_excess)
     return worst
 
 

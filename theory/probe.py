@@ -33,6 +33,8 @@ class GivenProblem:
         blocks: the weights of every stage; None is one stage.
         L, M, variance, f_star: the claims, see `Problem`.
 
+    Raises ValueError if there is no sample.
+
     >>> square = GivenProblem(lambda w: 0.5 * w[:, 0] ** 2, lambda w, i: w, 1, np.ones(1), L=1.0)
     >>> square.full_gradient(square.start[None])
     array([[1.]])
@@ -50,6 +52,8 @@ class GivenProblem:
     name: str = "given"
 
     def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
         if not self.blocks:
             object.__setattr__(self, "blocks", (slice(0, len(self.start)),))
 
