@@ -47,7 +47,7 @@ def plot(
     ] = None,
     gamma: Annotated[float, typer.Option(help="Step size of bounds, tightness.")] = 0.05,
     iterations: Annotated[
-        int, typer.Option(min=2, max=10_000, help="Iterations T of bounds, tightness.")
+        int, typer.Option(min=2, max=1000, help="Iterations T of bounds, tightness.")
     ] = 10,
     momentum: Annotated[float, typer.Option(help="β of frontier, 0 <= β < 1.")] = 0.0,
 ) -> None:

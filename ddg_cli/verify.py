@@ -43,6 +43,9 @@ class Statement(TyperCommand):
         ctx.parent.command.format_commands(ctx.parent, formatter)
 
 
+#: Stages of a table: more paths and weights than a table is for.
+MAX_STAGES = 20
+
 app = typer.Typer(cls=StatementFirst, rich_markup_mode=None)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
@@ -157,19 +160,18 @@ def table(
     from theory.bounds import STATEMENTS, statement_named
     from theory.check import Verdict
     from theory.problems import PROBLEMS
+    from theory.statement import Status
     from theory.sweep import counts
     from theory.sweep import table as check_all
 
     keys = names("--statements", statements) or tuple(STATEMENTS)
+    families = names("--problems", problems) or tuple(PROBLEMS)
+    sizes = sorted(set(integers("--stages", stages) or ()))
+    if sizes and sizes[-1] > MAX_STAGES:
+        raise ValueError(f"--stages {sizes[-1]}: give at most {MAX_STAGES}")
     with progress_bar("verify") as progress:
         found = check_all(
-            [statement_named(key).key for key in keys],
-            names("--problems", problems) or tuple(PROBLEMS),
-            sorted(set(integers("--stages", stages) or ())),
-            alpha,
-            seed,
-            jobs,
-            progress,
+            [statement_named(key).key for key in keys], families, sizes, alpha, seed, jobs, progress
         )
     if json:
         cells = [
@@ -182,28 +184,26 @@ def table(
     for key in keys:
         reports = [report for cell, report in found.items() if cell.statement == key]
         number = counts(reports)
-        tight = [r.tightness for r in reports if r.verdict is Verdict.VERIFIED]
-        tight = [value for value in tight if value == value]
+        verified = [r for r in reports if r.verdict is Verdict.VERIFIED]
+        tight = max((r.tightness for r in verified if r.tightness > 0), default=None)
         rows.append(
             [
                 key,
-                STATEMENTS[key].status.value,
                 *(str(number[verdict] or "–") for verdict in Verdict),
-                f"{max(tight):.3g}" if tight else "–",
+                "–" if tight is None else f"{tight:.3g}",
                 f"{sum(r.nonvacuous for r in reports)}/{len(reports)}",
             ]
         )
-    columns = [
-        "statement",
-        "status",
-        "verified",
-        "violated",
-        "open",
-        "n/a",
-        "tightest",
-        "says sth.",
-    ]
-    print_table(f"{len(found)} checks", columns, rows, left=["status"])
+    columns = ["statement", "verified", "violated", "open", "n/a", "tightest", "says sth."]
+    print_table(f"{len(found)} checks", columns, rows)
+    refuted = [key for key in keys if STATEMENTS[key].status is Status.REFUTED]
+    if refuted:
+        print_line(f"refuted as stated, so that violations are expected: {', '.join(refuted)}")
+    print_line(
+        f"checked on {', '.join(families)}; K = {', '.join(map(str, sizes))};"
+        f" T = {' and '.join(map(str, sorted({cell.iterations for cell in found})))};"
+        " γL as large as the strictest hypothesis allows, and a thousandth of it"
+    )
     sampled = sum(cell.alpha > 0 for cell in found)
     print_line(
         f"α = {alpha:g} for all {sampled} checks by random paths together (Bonferroni); the others "
