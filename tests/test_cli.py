@@ -866,12 +866,15 @@ def test_ctrl_c_ends_a_run_at_once(tmp_path: Path):
         stderr=subprocess.PIPE,
         text=True,
     ) as running:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("ddg-*")) and time.monotonic() < deadline:
-            time.sleep(0.1)  # until the workers' folder is there
-        time.sleep(1)
-        running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 60
+            while not list(tmp_path.glob("ddg-*")) and time.monotonic() < deadline:
+                time.sleep(0.1)  # until the workers' folder is there
+            time.sleep(1)
+            running.send_signal(signal.SIGINT)
+            out, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
     assert running.returncode == 130
     assert (out, err) == ("", "ddg: interrupted\n")
     assert [path for path in tmp_path.iterdir() if path.name.startswith(("ddg-", "w.pt"))] == []
