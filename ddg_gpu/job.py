@@ -13,7 +13,8 @@ from torch import nn
 from ddg_gpu import checkpoint, models
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.partition import balanced_cuts, layer_costs, split
-from ddg_gpu.stage import OptimizerFactory, Stage
+from ddg_gpu.stage import Stage
+from ddg_gpu.step import OptimizerFactory
 from ddg_sim.lowering import Message
 from ddg_sim.methods import Semantics, method
 from ddg_sim.schedule import Schedule, Sync
