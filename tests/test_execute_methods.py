@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import Toy, toy_stages
+from oracles import Toy, ToyHead, toy_stages
 from torch import Tensor, nn
 
 from ddg_gpu.execute import run_serial
@@ -132,7 +132,7 @@ def test_every_method_equals_the_numpy_executor(schedule: Schedule, momentum: fl
 def toy_run(schedule: Schedule, iterations: int = 5, optimizer: Any = None) -> list[Stage]:
     make = optimizer or partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3)
     modules = toy_stages(schedule.num_stages)
-    stages = [Stage(m, k, schedule, make, head=Means()) for k, m in enumerate(modules)]
+    stages = [Stage(m, k, schedule, make, head=ToyHead()) for k, m in enumerate(modules)]
     with one_thread():
         run_serial(schedule, stages, Toy(), iterations)
     return stages
@@ -145,21 +145,6 @@ def state(stages: list[Stage]) -> list[Tensor]:
 def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
     assert len(left) == len(right) > 0
     assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-class Means(nn.Module):
-    """A head with weights of its own: means over channels and pixels, then a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(11)
-            self.linear = nn.Linear(4, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        flat = nn.functional.adaptive_avg_pool1d(inputs.flatten(1)[:, None], 4)
-        result: Tensor = self.linear(flat[:, 0])
-        return result
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
@@ -207,7 +192,7 @@ class Cut:
 def test_local_losses_equal_stages_trained_one_by_one(num_stages: int) -> None:
     """Plain PyTorch: every stage with its head is a network on what the one before it gives."""
     modules, iterations = toy_stages(num_stages), 5
-    heads = [Means() for _ in modules]
+    heads = [ToyHead() for _ in modules]
     steps = [
         torch.optim.SGD(
             [*module.parameters(), *(head.parameters() if module is not modules[-1] else ())],
