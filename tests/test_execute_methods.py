@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import Toy, ToyHead, toy_stages
+from oracles import Toy, ToyHead, snapshot, toy_stages, whole_model_loss
 from torch import Tensor, nn
 
 from ddg_gpu.execute import run_serial
 from ddg_gpu.stage import Stage, seeded
+from ddg_gpu.step import Motion
 from ddg_gpu.train import one_thread
+from ddg_gpu.weights import VersionStore
 from ddg_sim.lowering import memory
 from ddg_sim.methods import METHODS, method
 from ddg_sim.notation import parse
-from ddg_sim.schedule import Schedule, ScheduleError
+from ddg_sim.schedule import Op, Schedule, ScheduleError
 from theory.iterate import iterate
 
 WIDTH, RATE = 3, 0.2
@@ -85,11 +87,32 @@ def compare_with_numpy(schedule: Schedule, momentum: float) -> None:
     """Same weights after a run with samples left in flight, as the NumPy executor leaves them."""
     chain, ticks = TanhChain(schedule.num_stages), schedule.num_ticks(0) + 5
     path = np.random.default_rng(3).integers(0, 5, ticks * schedule.samples_per_iteration)
-    expected = iterate(schedule, chain, path[None], np.full(ticks, RATE), momentum=momentum)  # type: ignore[arg-type]
+    gammas = np.random.default_rng(4).uniform(0.5 * RATE, 1.5 * RATE, ticks)
+    expected = iterate(schedule, chain, path[None], gammas, momentum=momentum)  # type: ignore[arg-type]
     modules = [Tanh(chain.start[block]) for block in chain.blocks]
-    make = partial(torch.optim.SGD, lr=RATE, momentum=momentum)
+    optimizers: list[torch.optim.Optimizer] = []
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizers.append(torch.optim.SGD(parameters, lr=RATE, momentum=momentum))
+        return optimizers[-1]
+
+    class Scheduled(Stage):
+        """Has the tick's learning rate in force, whenever an operation of the tick runs."""
+
+        def forward(self, op: Op, *rest: Any) -> Tensor:
+            optimizers[self.index].param_groups[0]["lr"] = gammas[op.iteration]
+            return super().forward(op, *rest)
+
+        def backward(self, op: Op, *rest: Any) -> Tensor | None:
+            optimizers[self.index].param_groups[0]["lr"] = gammas[op.iteration]
+            return super().backward(op, *rest)
+
+        def update(self, op: Op) -> None:
+            optimizers[self.index].param_groups[0]["lr"] = gammas[op.iteration]
+            super().update(op)
+
     stages = [
-        Stage(module, k, schedule, make, loss=half_square, head=nn.Identity())
+        Scheduled(module, k, schedule, make, loss=half_square, head=nn.Identity())
         for k, module in enumerate(modules)
     ]
     run_serial(schedule, stages, Drawn(chain, path), ticks, drain=False)
@@ -189,6 +212,30 @@ class Cut:
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+def test_two_buffered_weights_equal_whole_model_autograd(num_stages: int) -> None:
+    """w^{t+1} = step(w^t, ∇f(w^{t-1})), the mean over 4 micro-batches; bit for bit."""
+    modules, m, iterations = toy_stages(num_stages), 4, 5
+    make = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3)
+    steps = [make(list(module.parameters())) for module in modules]
+    with one_thread():
+        before = snapshot(modules)
+        for t in range(iterations):
+            now, found = snapshot(modules), []
+            for sample in range(m * t, m * (t + 1)):
+                loss = whole_model_loss(modules, before, Toy(), sample, seed=0)
+                flat = [tensor for stage in before for tensor in stage.values()]
+                found.append(torch.autograd.grad(loss, flat))
+            means = iter([torch.stack(parts).sum(0) / m for parts in zip(*found, strict=True)])
+            for module, step in zip(modules, steps, strict=True):
+                for parameter in module.parameters():
+                    parameter.grad = next(means)
+                step.step()
+            before = now
+    stages = toy_run(method("pipedream-2bw", num_stages, micro_batches=m), iterations)
+    assert_same_bits(state(stages), [t for k in modules for t in k.state_dict().values()])
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
 def test_local_losses_equal_stages_trained_one_by_one(num_stages: int) -> None:
     """Plain PyTorch: every stage with its head is a network on what the one before it gives."""
     modules, iterations = toy_stages(num_stages), 5
@@ -273,6 +320,30 @@ def test_spike_compensation_counts_the_penalty_as_gradient() -> None:
         v = m * v + g
         w -= gamma * (a * v + (1 - a) / (1 - m) * g)
     assert module.weight.item() == pytest.approx(w, abs=1e-12)
+
+
+def test_a_prediction_takes_the_learning_rate_in_force() -> None:
+    """w - s γ v with v = 2 of an update at γ = 0.5, s = 2: first at γ = 0.1, then at 0.2."""
+    module, rate = nn.Linear(1, 1, bias=False), [0.1]
+    nn.init.zeros_(module.weight)
+    rule = method("pb", 2, predict=True).rule
+    store = VersionStore(module, rule, 0, stale=True, rate=lambda: rate[0])
+    store.updating()
+    store.updated(Motion(0.5, [torch.tensor([[0.5 * 2.0]])], None))
+    assert store.forward(1)["weight"].item() == pytest.approx(-2 * 0.1 * 2.0)
+    rate[0] = 0.2
+    assert store.forward(1)["weight"].item() == pytest.approx(-2 * 0.2 * 2.0)
+
+
+def test_a_rescaled_learning_rate_is_put_back() -> None:
+    made: list[torch.optim.Optimizer] = []
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        made.append(torch.optim.SGD(parameters, lr=0.1))
+        return made[-1]
+
+    toy_run(method("pipemare", 3, anneal=100.0), optimizer=make)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in made] == [0.1] * 3
 
 
 @pytest.mark.parametrize(
