@@ -451,10 +451,11 @@ def comparison_rows(found: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
     """Per method the predicted and measured figures, as JSON values."""
     from ddg_gpu.validate import speedups
 
-    predicted = speedups({item.name: item.predicted_period for item in found})
-    measured = speedups({item.name: item.measured_period for item in found})
+    predicted = speedups({item.name: item.predicted_period / item.samples for item in found})
+    measured = speedups({item.name: item.measured_period / item.samples for item in found})
     return {
         item.name: {
+            "samples_per_iteration": item.samples,
             "predicted_period": item.predicted_period,
             "measured_period": item.measured_period,
             "measured_interval": item.measured_interval,
