@@ -51,10 +51,10 @@ def main() -> None:
             optimizer.step()
             loss.item()
 
-    module = network(job, dataset).modules[0]
+    parts = network(job, dataset)
 
     def executor_turn() -> None:
-        stage = make_stage(job, schedule, module, 0)
+        stage = make_stage(job, schedule, parts, 0)
         run_serial(schedule, [stage], batches, TURN)
 
     seconds: dict[str, list[float]] = {"plain PyTorch loop": [], "executor, K=1": []}

@@ -34,7 +34,9 @@ if TYPE_CHECKING:  # torch loads in seconds; commands that do not train must not
 Model = Annotated[str, typer.Option(help="Network: mlp, resnet8, resnet20, resnet56 or resnet110.")]
 Data = Annotated[str, typer.Option(help="digits, or the path of CIFAR-10 or a folder of images.")]
 Stages = Annotated[int, typer.Option(min=1, help="Number of stages K.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples per mini-batch.")]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Examples per mini-batch, or per micro-batch of a method's.")
+]
 Seed = Annotated[
     int,
     typer.Option(min=0, max=2**63 - 1, help="Of weights, data order, augmentation and dropout."),
@@ -50,6 +52,7 @@ Rounds = Annotated[
 Timeout = Annotated[
     float, typer.Option(min=0.001, max=1e6, help="Seconds that a worker waits for another.")
 ]
+_SOME: dict[str, Any] = {"rich_help_panel": "Options of single methods"}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -113,14 +116,25 @@ def print_profile(found: Any) -> None:
 
 
 def train(
-    method: Annotated[str, typer.Argument(help="Training method; ddg simulate --help lists them.")],
+    method: Annotated[
+        str,
+        typer.Argument(
+            help="Training method; ddg simulate --help lists them. All run but petra, ouroboros,"
+            " pd-asgd and dp."
+        ),
+    ],
     stages: Stages,
     model: Model,
     executor: Annotated[
         str, typer.Option(help="serial: this process. distributed: a process per stage.")
     ] = "serial",
     data: Data = "digits",
-    iterations: Annotated[int | None, typer.Option(min=1, help="Mini-batches to train on.")] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Mini-batches to train on (each of several micro-batches, of some methods)."
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Or passes over the data.")] = None,
     sync: Annotated[
         str | None, typer.Option(help="Synchronisation of ddg, fr: none, barrier or mailbox.")
@@ -130,6 +144,47 @@ def train(
         typer.Option(
             help="Weights of ddg's delayed backward: stash, current or replay. [default: stash]"
         ),
+    ] = None,
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(max=1024, help="Per update, of a pipeline. [default: about K]", **_SOME),
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option(max=64, help="interleaved: stages per worker. [2]", **_SOME)
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(max=1024, help="adl: mini-batches per update. [2]", **_SOME)
+    ] = None,
+    delays: Annotated[
+        str | None, typer.Option(help="ddg, dsp: of stages 1..K, such as 2,1,0.", **_SOME)
+    ] = None,
+    lags: Annotated[
+        str | None, typer.Option(help="dsp: of stages 1..K, such as 1,1,0.", **_SOME)
+    ] = None,
+    shrink: Annotated[
+        float | None, typer.Option(help="fdg: factor on the error per stage. [1]", **_SOME)
+    ] = None,
+    buffer: Annotated[
+        int | None, typer.Option(help="dgl: iterations between two stages. [0]", **_SOME)
+    ] = None,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="gpipe: run forward again, keep less.", **_SOME)
+    ] = False,
+    vertical_sync: Annotated[
+        bool,
+        typer.Option("--vertical-sync", help="pipedream: one version on all stages.", **_SOME),
+    ] = False,
+    spike: Annotated[
+        bool, typer.Option("--spike", help="pb: spike compensation (sgd).", **_SOME)
+    ] = False,
+    predict: Annotated[
+        bool, typer.Option("--predict", help="pb: linear weight prediction.", **_SOME)
+    ] = False,
+    anneal: Annotated[
+        float | None, typer.Option(help="pipemare: updates of rescaled rates. [0]", **_SOME)
+    ] = None,
+    decay: Annotated[
+        float | None, typer.Option(help="pipemare: of its discrepancy correction. [0]", **_SOME)
     ] = None,
     optimizer: Optimizer = "sgd",
     learning_rate: Rate = None,
@@ -166,6 +221,22 @@ def train(
     output_path("--save", save)
     output_path("--trace", trace)
     different_files(save=save, trace=trace)
+    given = {
+        "micro_batches": micro_batches,
+        "chunks": chunks,
+        "accumulate": accumulate,
+        "delays": integers("--delays", delays),
+        "lags": integers("--lags", lags),
+        "shrink": shrink,
+        "buffer": buffer,
+        "replay": replay or None,
+        "vertical_sync": vertical_sync or None,
+        "spike": spike or None,
+        "predict": predict or None,
+        "anneal": anneal,
+        "decay": decay,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
     job = Job(
         method,
         stages,
@@ -174,6 +245,7 @@ def train(
         epochs=epochs,
         sync=choice("--sync", sync, Sync),
         semantics=choice("--semantics", semantics, Semantics),
+        options=options,
         batch_size=batch_size,
         optimizer=optimizer,
         learning_rate=learning_rate,
@@ -204,12 +276,14 @@ def train(
         "stages": stages,
         "sync": schedule.sync.value,
         "semantics": {rule: name.value for name, rule in RULES.items()}.get(schedule.rule),
+        "options": options,
         "executor": executor,
         "model": model,
         "data": dataset.name,
         "data_note": dataset.note,
         "cuts": list(run.cuts),
-        "iterations": len(run.losses),
+        "iterations": run.timeline.iterations,
+        "samples_per_iteration": schedule.samples_per_iteration,
         "loss_first": run.losses[0],
         "loss_last": run.losses[-1],
         "test_accuracy": run.test_accuracy,
@@ -225,7 +299,7 @@ def train(
         f"{method} on {stages} stage{'s' if stages > 1 else ''}, {executor}, {model}",
         ["", ""],
         [
-            ["iterations", str(len(run.losses))],
+            ["iterations", str(run.timeline.iterations)],
             ["loss of the first, last mini-batch", f"{run.losses[0]:.4f}, {run.losses[-1]:.4f}"],
             [f"test accuracy{note}", percent(run.test_accuracy)],
             ["period", seconds(run.timeline.period)],
@@ -365,7 +439,7 @@ def core_warnings(job: Job, dataset: Dataset) -> list[str]:
     from ddg_gpu.job import network
     from ddg_gpu.validate import too_few_cores
 
-    warning = too_few_cores(job.stages)
+    warning = too_few_cores(len(job.schedule().workers))
     if warning is None:
         return []
     network(job, dataset)
@@ -377,10 +451,11 @@ def comparison_rows(found: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
     """Per method the predicted and measured figures, as JSON values."""
     from ddg_gpu.validate import speedups
 
-    predicted = speedups({item.name: item.predicted_period for item in found})
-    measured = speedups({item.name: item.measured_period for item in found})
+    predicted = speedups({item.name: item.predicted_period / item.samples for item in found})
+    measured = speedups({item.name: item.measured_period / item.samples for item in found})
     return {
         item.name: {
+            "samples_per_iteration": item.samples,
             "predicted_period": item.predicted_period,
             "measured_period": item.measured_period,
             "measured_interval": item.measured_interval,

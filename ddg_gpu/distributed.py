@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.execute import Record, Samples, work
-from ddg_gpu.job import Job, make_stage, message_shape, network, num_iterations
+from ddg_gpu.job import Job, make_stage, message_shape, network, num_iterations, num_samples
 from ddg_gpu.processes import Progress, Report, run_together
 from ddg_gpu.stage import Stage
 from ddg_gpu.transport import GlooTransport, Stream
@@ -63,8 +63,8 @@ def run_worker(
     parts = network(job, dataset)
     batches = Batches(dataset, job.batch_size, job.seed)
     stages = {
-        index: make_stage(job, schedule, module, index)
-        for index, module in enumerate(parts.modules)
+        index: make_stage(job, schedule, parts, index)
+        for index in range(schedule.num_stages)
         if schedule.worker_of(index) == rank
     }
     shape = message_shape(parts.boundaries, batches)
@@ -77,7 +77,8 @@ def run_worker(
             stage.module.state_dict(), first_layer=(0, *parts.cuts)[index]
         ).items()
     }
-    losses = [item for stage in stages.values() for item in sorted(stage.losses.items())]
+    last = (stage for stage in stages.values() if stage.is_last)
+    losses = [item for stage in last for item in sorted(stage.losses.items())]
     return WorkerOutcome(
         weights, losses, [(str(op), start, end) for op, start, end in record.spans]
     )
@@ -159,7 +160,7 @@ def run_processes(
         "dataset": dataset_values(dataset),
         "timeout": timeout,
     }
-    total = num_iterations(job, Batches(dataset, job.batch_size, job.seed))
+    total = num_samples(job, Batches(dataset, job.batch_size, job.seed))
     results = run_together(
         partial(_task, job),
         len(job.schedule().workers),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ddg_gpu.stage import Stage
@@ -54,6 +55,9 @@ class Record:
     instructions: int = 0
 
 
+#: Shape of the message that says that there is room for another activation: only its coming counts.
+CREDIT_SHAPE = torch.Size((1,))
+
 # Values between operations: (what, stage that uses it, sample).
 Key = tuple[Relation, int, int]
 
@@ -82,9 +86,11 @@ def work(
             case Receive(message=message):
                 while not transport.ready(instruction):
                     yield
-                values[message.relation, message.target, message.sample] = transport.receive(
-                    message
-                )
+                tensor = transport.receive(message)
+                if message.relation is not Relation.CREDIT:
+                    values[message.relation, message.target, message.sample] = tensor
+            case Send(message=message) if message.relation is Relation.CREDIT:
+                transport.send(message, torch.empty(CREDIT_SHAPE))
             case Send(message=message):
                 key = (message.relation, message.target, message.sample)
                 transport.send(message, values.pop(key))
@@ -107,21 +113,23 @@ def _run(op: Op, stage: Stage, values: dict[Key, Tensor], samples: Samples) -> N
     if op.kind is OpKind.FORWARD:
         own = (activation, op.stage, op.sample)
         inputs = values.pop(own) if op.stage > 0 else samples.inputs(op.sample)
-        targets = samples.targets(op.sample) if stage.is_last else None
+        targets = samples.targets(op.sample) if stage.has_loss else None
         output = stage.forward(op, inputs, targets)
         if not stage.is_last:
             values[activation, op.stage + 1, op.sample] = output
     elif op.kind is OpKind.RECOMPUTE:
         stage.recompute(op)
-    elif op.kind is OpKind.BACKWARD:
-        error = None if stage.is_last else values.pop((gradient, op.stage, op.sample))
+    elif op.kind in (OpKind.BACKWARD, OpKind.BACKWARD_INPUT):
+        error = None if stage.has_loss else values.pop((gradient, op.stage, op.sample))
         result = stage.backward(op, error)
         if result is not None:
             values[gradient, op.stage - 1, op.sample] = result
+    elif op.kind is OpKind.BACKWARD_WEIGHT:
+        stage.backward(op)
     elif op.kind is OpKind.UPDATE:
         stage.update(op)
     else:
-        raise ScheduleError(f"{op}: the torch backend does not run {op.kind.name.lower()} yet")
+        raise ScheduleError(f"{op}: the torch backend does not run {op.kind.noun} operations")
 
 
 class LocalTransport:

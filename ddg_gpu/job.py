@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from ddg_gpu import checkpoint, models
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.partition import balanced_cuts, layer_costs, split
-from ddg_gpu.stage import OptimizerFactory, Stage
+from ddg_gpu.stage import Stage
+from ddg_gpu.step import OptimizerFactory
 from ddg_sim.lowering import Message
 from ddg_sim.methods import Semantics, method
+from ddg_sim.rule import Activations, Gradient
 from ddg_sim.schedule import Schedule, Sync
 
 OPTIMIZERS = ("sgd", "adam")
@@ -30,12 +33,14 @@ class Job:
         method: name of the training method.
         stages: number of stages K.
         model: name of the network.
-        iterations: mini-batches to train on, or None to go by ``epochs``.
+        iterations: iterations of the schedule, or None to go by ``epochs``. Each takes a
+            mini-batch, or as many as the method has micro-batches or accumulates.
         epochs: passes over the training data, or None to go by ``iterations``.
         sync: synchronisation mode; None is the method's default.
         semantics: at which weights a delayed sample is differentiated; None is the method's
             default.
-        batch_size: examples per mini-batch.
+        options: further options of the method, by name, such as ``{"micro_batches": 4}``.
+        batch_size: examples per mini-batch; per micro-batch, where the method has them.
         optimizer: "sgd" (with momentum and weight decay) or "adam" (with weight decay).
         learning_rate: None is 0.05 for sgd, 0.001 for adam.
         momentum: of sgd.
@@ -60,6 +65,7 @@ class Job:
     epochs: int | None = None
     sync: Sync | None = None
     semantics: Semantics | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
     batch_size: int = 64
     optimizer: str = "sgd"
     learning_rate: float | None = None
@@ -98,7 +104,7 @@ class Job:
 
     def schedule(self) -> Schedule:
         """The schedule that is run."""
-        return method(self.method, self.stages, self.sync, self.semantics)
+        return method(self.method, self.stages, self.sync, self.semantics, **self.options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +114,14 @@ class Network:
     Args:
         modules: the stages, sharing their parameters with ``model``.
         boundaries: shape of one example's activation after each stage but the last.
+        classes: number of the model's outputs.
     """
 
     model: nn.Sequential
     modules: list[nn.Sequential]
     cuts: tuple[int, ...]
     boundaries: tuple[torch.Size, ...]
+    classes: int
 
 
 def network(job: Job, dataset: Dataset) -> Network:
@@ -138,7 +146,7 @@ def network(job: Job, dataset: Dataset) -> Network:
     modules = split(model, cuts)
     if job.load is not None:
         checkpoint.load_into(model, job.load)
-    return Network(model, modules, cuts, _boundaries(model, cuts, example))
+    return Network(model, modules, cuts, _boundaries(model, cuts, example), dataset.classes)
 
 
 def _boundaries(
@@ -156,11 +164,30 @@ def _boundaries(
 
 
 def num_iterations(job: Job, batches: Batches) -> int:
-    """Mini-batches that a job trains on."""
+    """Iterations of a job's schedule, the last of which may reach into the next epoch."""
     if job.iterations is not None:
         return job.iterations
     assert job.epochs is not None
-    return job.epochs * batches.per_epoch
+    return -(-job.epochs * batches.per_epoch // job.schedule().samples_per_iteration)
+
+
+def num_samples(job: Job, batches: Batches) -> int:
+    """Mini-batches, or micro-batches, that a job trains on.
+
+    Raises:
+        ValueError: if errors of one size would meet activations of another (see
+            `Activations.NEWEST`), because the batch size does not divide the data.
+    """
+    schedule = job.schedule()
+    count = num_iterations(job, batches) * schedule.samples_per_iteration
+    if schedule.rule.activations is Activations.NEWEST and schedule.num_stages > 1:
+        rest = {batches.size(sample) for sample in range(min(count, batches.per_epoch))}
+        if len(rest) > 1:
+            raise ValueError(
+                f"batch_size {job.batch_size} leaves a last mini-batch of {min(rest)} examples,"
+                f" which {job.method} cannot mix with others: take a divisor of the data's size"
+            )
+    return count
 
 
 def optimizer_factory(job: Job) -> OptimizerFactory:
@@ -181,9 +208,17 @@ def optimizer_factory(job: Job) -> OptimizerFactory:
     return make
 
 
-def make_stage(job: Job, schedule: Schedule, module: nn.Module, index: int) -> Stage:
-    """The trainable stage ``index`` of a job, around its module."""
-    return Stage(module, index, schedule, optimizer_factory(job), job.seed)
+def make_stage(job: Job, schedule: Schedule, parts: Network, index: int) -> Stage:
+    """The trainable stage ``index`` of a job, around its module.
+
+    Raises:
+        ScheduleError: for whatever the schedule asks for that the torch backend does not run.
+    """
+    head = None
+    if schedule.rule.gradient is Gradient.LOCAL and index < len(parts.boundaries):
+        seed = int(np.random.SeedSequence((job.seed, index)).generate_state(1)[0])
+        head = models.head(parts.boundaries[index], parts.classes, seed)
+    return Stage(parts.modules[index], index, schedule, optimizer_factory(job), job.seed, head=head)
 
 
 def message_shape(

@@ -8,6 +8,9 @@ backward or recomputation reads again.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -65,6 +68,30 @@ def build(
         network = nn.Sequential(*layers)
         network.apply(_initialise)
     return network
+
+
+def head(shape: Sequence[int], classes: int, seed: int = 0) -> nn.Sequential:
+    """Return an auxiliary head for a stage's local loss: a linear layer on a small image.
+
+    Images are averaged to 2 x 2 pixels first. Decoupled greedy learning's own heads are a little
+    larger (Belilovsky, Eickenberg, Oyallon 2020 try several).
+
+    Args:
+        shape: of one example's activation: (channels, height, width), or (features,).
+        classes: number of logits.
+        seed: the weights are a function of it alone.
+
+    Example:
+        >>> head((16, 8, 8), classes=10)(torch.zeros(2, 16, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    pool = [nn.AdaptiveAvgPool2d(2)] if len(shape) == 3 else []
+    features = 4 * shape[0] if pool else math.prod(shape)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        layers = nn.Sequential(*pool, nn.Flatten(), nn.Linear(features, classes))
+        layers.apply(_initialise)
+    return layers
 
 
 def _mlp_layers(input_shape: tuple[int, int, int], classes: int) -> list[nn.Module]:

@@ -83,10 +83,10 @@ def measured_cuts(job: Job, dataset: Dataset, iterations: int) -> tuple[int, ...
 
 def _serially(job: Job, dataset: Dataset, iterations: int) -> list[list[list[float]]]:
     """Seconds of every operation per stage and kind, all in this process, by backpropagation."""
-    job = replace(job, method="bp", sync=None, semantics=None)
+    job = replace(job, method="bp", sync=None, semantics=None, options={})
     schedule = job.schedule()
     parts = network(job, dataset)
-    stages = [make_stage(job, schedule, module, k) for k, module in enumerate(parts.modules)]
+    stages = [make_stage(job, schedule, parts, k) for k in range(job.stages)]
     batches = Batches(dataset, job.batch_size, job.seed)
     with one_thread():
         spans = run_serial(schedule, stages, batches, WARM_UP + iterations).spans

@@ -120,7 +120,7 @@ class _Passes:
         parts = network(job, dataset)
         batches = Batches(dataset, job.batch_size, job.seed)
         self._rank = rank
-        self._stage = make_stage(job, job.schedule(), parts.modules[rank], rank)
+        self._stage = make_stage(job, job.schedule(), parts, rank)
         self._inputs = batches.inputs(0)
         if rank > 0:
             self._inputs = torch.randn(job.batch_size, *parts.boundaries[rank - 1])
@@ -167,7 +167,7 @@ def _stage_times(job: Job, rank: int, given: dict[str, Any], _report: Report) ->
     """
     iterations = given.pop("iterations")
     dataset = Dataset(**given)
-    bp = replace(job, method="bp", sync=None, semantics=None)
+    bp = replace(job, method="bp", sync=None, semantics=None, options={})
     passes = _Passes(bp, dataset, rank)
     replay = _Passes(replace(bp, method="ddg", semantics=Semantics.REPLAY), dataset, rank)
     found: dict[OpKind, list[float]] = defaultdict(list)

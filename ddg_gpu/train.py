@@ -13,8 +13,9 @@ from ddg_gpu.checkpoint import weights_sha256
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.distributed import WorkerOutcome, run_processes, run_rank, under_torchrun
 from ddg_gpu.execute import run_serial, timeline
-from ddg_gpu.job import Job, make_stage, network, num_iterations
+from ddg_gpu.job import Job, Network, make_stage, network, num_iterations, num_samples
 from ddg_gpu.processes import Progress, keep_freed_memory
+from ddg_gpu.stage import Stage
 from ddg_sim.notation import parse_op
 from ddg_sim.timeline import Timeline
 
@@ -30,7 +31,7 @@ class Run:
     Args:
         job: what was trained.
         model: the trained network, in evaluation mode.
-        losses: training loss of every mini-batch, in the order in which they were fed.
+        losses: training loss of every mini-batch or micro-batch, in the order of feeding.
         test_accuracy: fraction of the test examples that are classified correctly.
         timeline: what ran when.
         cuts: first layers of stages 1..K-1.
@@ -88,7 +89,7 @@ def train(
         )
     if executor == "serial":
         return _train_serial(job, dataset, progress)
-    network(job, dataset)  # a wrong argument shows here, not in K processes
+    _stages(job, dataset)  # a wrong argument shows here, not in K processes
     if under_torchrun():
         outcomes = run_rank(job, dataset, timeout)
         return None if outcomes is None else _assemble(job, dataset, outcomes)
@@ -96,18 +97,27 @@ def train(
 
 
 def _train_serial(job: Job, dataset: Dataset, progress: Progress) -> Run:
-    schedule = job.schedule()
-    parts = network(job, dataset)
+    parts, stages = _stages(job, dataset)
     batches = Batches(dataset, job.batch_size, job.seed)
-    total = num_iterations(job, batches)
-    stages = [make_stage(job, schedule, module, k) for k, module in enumerate(parts.modules)]
+    total = num_samples(job, batches)
     with one_thread():
         measured = run_serial(
-            schedule, stages, batches, total, on_sample=lambda sample: progress(sample + 1, total)
+            job.schedule(),
+            stages,
+            batches,
+            num_iterations(job, batches),
+            on_sample=lambda sample: progress(sample + 1, total),
         )
     losses = tuple(loss for _, loss in sorted(stages[-1].losses.items()))
     accuracy = evaluate(parts.model, dataset)
     return Run(job, parts.model, losses, accuracy, measured, parts.cuts)
+
+
+def _stages(job: Job, dataset: Dataset) -> tuple[Network, list[Stage]]:
+    """The network and its trainable stages, after all checks of the job."""
+    num_samples(job, Batches(dataset, job.batch_size, job.seed))
+    schedule, parts = job.schedule(), network(job, dataset)
+    return parts, [make_stage(job, schedule, parts, k) for k in range(job.stages)]
 
 
 def _assemble(job: Job, dataset: Dataset, outcomes: Sequence[WorkerOutcome]) -> Run:

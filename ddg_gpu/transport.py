@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ddg_gpu.execute import CREDIT_SHAPE
 from ddg_sim.dependencies import Relation
 from ddg_sim.lowering import Barrier, Instruction, Message, Receive
 from ddg_sim.schedule import Schedule
 
+_KINDS = (Relation.ACTIVATION, Relation.GRADIENT, Relation.CREDIT)  # of messages between stages
 Stream = tuple[Relation, int]  # what is received, and by which stage
 
 
@@ -36,7 +38,7 @@ class GlooTransport:
         program: the worker's instructions once more: its future receives, in order.
         incoming: ring slots of each stream that this worker receives.
         outgoing: ring slots of each stream that it sends.
-        shape: shape of a message's tensor (float32).
+        shape: shape of an activation's or gradient's tensor (float32).
         timeout: seconds that any wait may last.
     """
 
@@ -135,14 +137,15 @@ class GlooTransport:
                 return
             self._future[message.relation, message.target].append(message)
         message = future.popleft()
-        tensor = torch.empty(self._shape(message))
+        credit = message.relation is Relation.CREDIT
+        tensor = torch.empty(CREDIT_SHAPE if credit else self._shape(message))
         work = dist.irecv(tensor, self._rank[message.source], tag=self._tag(message))
         self._posted[message] = (tensor, work)
 
     def _tag(self, message: Message) -> int:
         """Tells apart all messages between two ranks, which may hold several stages each."""
-        direction = int(message.relation is Relation.GRADIENT)
-        return (2 * message.sample + direction) * self._num_stages + message.target
+        kind = _KINDS.index(message.relation)
+        return (len(_KINDS) * message.sample + kind) * self._num_stages + message.target
 
 
 def _receives(program: Iterable[Instruction]) -> Iterator[Message]:

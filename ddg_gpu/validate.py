@@ -63,6 +63,11 @@ class Comparison:
         return (float(found.low), float(found.high)) if isfinite(found.low + found.high) else None
 
     @property
+    def samples(self) -> int:
+        """Mini-batches, or micro-batches, of an iteration: speeds are compared per sample."""
+        return self.run.job.schedule().samples_per_iteration
+
+    @property
     def error(self) -> float:
         """(predicted - measured) / measured."""
         return self.predicted_period / self.measured_period - 1
@@ -170,6 +175,9 @@ def _comparison(name: str, profile: Profile, runs: Sequence[Run]) -> Comparison:
 
 def speedups(periods: dict[str, float]) -> dict[str, float | None]:
     """Speedup of each method over backpropagation (``bp``); None where bp was not among them.
+
+    Args:
+        periods: seconds per sample, by method.
 
     >>> speedups({"bp": 3.0, "ddg": 1.5})
     {'bp': 1.0, 'ddg': 2.0}

@@ -1,73 +1,129 @@
-"""Weights that are read later than they are written.
+"""Weights that are read later than they are written, earlier, or elsewhere.
 
 An optimizer changes parameters in place, but the backward pass of a sample in flight still needs
 the values its forward pass saw. A graph that held the live parameters would then raise, or, with a
-fused optimizer, silently compute another gradient. So graphs are built on copies, one per
-*version*, shared by all samples that read it; optimizer and module keep the real parameters.
+fused optimizer, silently compute another gradient. So graphs are built on something else wherever
+an update can overtake a sample; optimizer and module keep the real parameters. There are three
+grounds to build on:
+
+- *live*: the parameters themselves, where nothing is overtaken;
+- *stashed*: a copy per version, shared by all samples that read it;
+- *working*: one copy for all, written anew before an operation that reads other values, under the
+  graphs that hold it. So a kept graph is differentiated at the weights of now, or at predicted
+  ones.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ddg_sim.rule import Activations, Jacobian, Rule
+from ddg_gpu.step import Motion
+from ddg_sim.rule import Activations, Jacobian, Rule, TransformKind
 
 Weights = dict[str, Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """A copy of the weights, and the update that made them."""
+
+    weights: Weights
+    motion: Motion | None
+
+
 class VersionStore:
-    """The versions of one stage's parameters that something in flight still reads.
+    """What one stage's operations read of its parameters, version by version.
 
     Args:
-        stage: the module whose parameters are versioned.
+        module: the stage, whose parameters are versioned.
         rule: what the method does to the numbers.
+        stage: whose numbers of the rule's corrections apply.
         stale: whether updates happen between a sample's forward and its backward pass. If not, the
-            live parameters serve and nothing is copied.
+            live parameters serve, unless a correction says otherwise, and nothing is copied.
+        lag: by how many updates the weights of a forward pass may be older than the newest.
+        rate: gives the learning rate in force, for predictions.
     """
 
-    def __init__(self, stage: nn.Module, rule: Rule, stale: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        rule: Rule,
+        stage: int,
+        stale: bool,
+        lag: int = 0,
+        rate: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        def number(kind: TransformKind, offset: int = 0) -> float:
+            values = rule.values(kind)
+            return values[offset + stage] if values else 0.0
+
         self.newest = 0
-        self._parameters: Weights = dict(stage.named_parameters())
-        self._copies: dict[int, Weights] = {}
+        self._parameters: Weights = dict(module.named_parameters())
+        self._trained = [name for name, p in self._parameters.items() if p.requires_grad]
+        self._copies: dict[int, _Version] = {}
         self._readers: Counter[int] = Counter()
+        self._motion: Motion | None = None
+        self._lag, self._rate = lag, rate
+        self._ahead = {
+            True: number(TransformKind.PREDICT_FORWARD),
+            False: number(TransformKind.PREDICT_BACKWARD),
+        }
+        self._behind = number(TransformKind.DISCREPANCY, offset=1)
         self._stash = stale and rule.jacobian is Jacobian.STASHED
-        overwrite = stale and rule == Rule(Activations.GRAPH, Jacobian.CURRENT)
-        self._shared = self._copy() if overwrite else None
+        overwritten = stale and rule.activations is not Activations.INPUT
+        corrected = bool(any(self._ahead.values()) or self._behind)
+        works = not self._stash and (overwritten or corrected or lag > 0)
+        self._working = self._copy(self._parameters) if works else None
+        self._holds: tuple[int, float, float, float] = (0, 0.0, 0.0, 0.0)  # what is written there
 
-    def acquire(self, version: int) -> Weights:
-        """Weights to build a graph on, by name; they keep their values until `release`.
-
-        Under `Jacobian.CURRENT` they do not: they follow every update, which is what it means.
-        """
-        if self._shared is not None:
-            return self._shared
+    def forward(self, version: int) -> Weights:
+        """Weights for a forward pass, by name; stashed, they keep their values until `release`."""
+        if self._working is not None:
+            return self._write(version, forward=True)
         if not self._stash:
             return self._live(version)
         if version not in self._copies:
-            self._live(version)
-            self._copies[version] = self._copy()
+            self._keep(version)
         self._readers[version] += 1
-        return self._copies[version]
+        return self._copies[version].weights
+
+    def differentiate(self, version: int) -> None:
+        """Make graphs that were built before give gradients at what a backward pass reads."""
+        if self._working is not None:
+            self._write(version, forward=False)
+
+    def again(self, before: int, version: int) -> Weights:
+        """Weights for a second forward pass of a sample whose first one read ``before``."""
+        if self._working is not None:
+            return self._write(version, forward=False)
+        weights = self.forward(version)  # first, for it may be the version let go
+        self.release(before)
+        return weights
 
     def release(self, version: int) -> None:
         """Say that one reader of ``version`` is done with it."""
-        if not self._stash:
-            return
-        self._readers[version] -= 1
-        if not self._readers[version]:
-            del self._copies[version], self._readers[version]
+        if self._stash:
+            self._readers[version] -= 1
+            self._forget(self.newest)
 
-    def updated(self) -> None:
-        """Note that the optimizer has changed the live parameters."""
+    def updating(self) -> None:
+        """Note that the optimizer is about to change the live parameters."""
+        if self._lag:
+            self._forget(self.newest + 1)
+            if self.newest not in self._copies:
+                self._keep(self.newest)
+
+    def updated(self, motion: Motion | None = None) -> None:
+        """Note that the optimizer has changed the live parameters, and how."""
         self.newest += 1
-        if self._shared is not None:
-            # Through .data, so that autograd does not refuse the graphs that hold these tensors.
-            for name, parameter in self._parameters.items():
-                self._shared[name].data.copy_(parameter.data)
+        self._motion = motion
 
     @property
     def count(self) -> int:
@@ -79,14 +135,49 @@ class VersionStore:
             raise RuntimeError(f"version {version} is gone; the newest is {self.newest}")
         return self._parameters
 
-    def _copy(self) -> Weights:
+    def _keep(self, version: int) -> None:
+        self._copies[version] = _Version(self._copy(self._live(version)), self._motion)
+
+    def _forget(self, newest: int) -> None:
+        """Drop what nobody reads any more, once the newest version is ``newest``."""
+        for version in list(self._copies):
+            if not self._readers[version] and not newest - self._lag <= version < newest:
+                del self._copies[version], self._readers[version]
+
+    @torch.no_grad()
+    def _write(self, version: int, forward: bool) -> Weights:
+        """Put what an operation reads into the working copy, if it holds something else."""
+        assert self._working is not None
+        ahead = self._ahead[forward]
+        behind = 0.0 if forward else self._behind
+        wanted = (version, ahead, behind, self._rate() if ahead else 0.0)
+        if wanted == self._holds:
+            return self._working
+        kept = self._copies.get(version)
+        weights = self._live(version) if kept is None else kept.weights
+        motion = self._motion if kept is None else kept.motion
+        for name, source in weights.items():
+            # Through .data, so that autograd does not refuse the graphs that hold these tensors.
+            self._working[name].data.copy_(source.data)
+        if motion is not None:
+            for index, name in enumerate(self._trained):
+                own = self._working[name].data
+                if ahead and motion.rate:  # w - s γ v, where γ v was made with an earlier γ
+                    own -= (ahead * self._rate() / motion.rate) * motion.step[index]
+                if behind and motion.drift is not None:  # w - τ δ
+                    own -= behind * motion.drift[index]
+        self._holds = wanted
+        return self._working
+
+    @staticmethod
+    def _copy(weights: Weights) -> Weights:
         return {
-            name: parameter.detach().clone().requires_grad_(parameter.requires_grad)
-            for name, parameter in self._parameters.items()
+            name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            for name, tensor in weights.items()
         }
 
 
-def call(stage: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+def call(stage: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -> Any:
     """Run a module forward on the given weights instead of its own; buffers stay its own.
 
     >>> import torch
@@ -94,5 +185,4 @@ def call(stage: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -> Ten
     >>> call(stage, {"weight": torch.tensor([[3.0]])}, torch.tensor([2.0]))
     tensor([6.])
     """
-    output: Tensor = functional_call(stage, dict(weights), (inputs,))
-    return output
+    return functional_call(stage, dict(weights), (inputs,))

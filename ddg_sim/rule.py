@@ -106,3 +106,35 @@ class Rule:
         if self.gradient is not Gradient.NEXT:
             return f"gradient={self.gradient.value}"
         return str(self.transforms[0]) if self.transforms else None
+
+    def values(self, kind: TransformKind) -> tuple[float, ...]:
+        """The numbers of the transform of that kind; empty if there is none.
+
+        >>> Rule(transforms=(Transform(TransformKind.SHRINK, (0.5,)),)).values(TransformKind.SHRINK)
+        (0.5,)
+        """
+        return next((found.values for found in self.transforms if found.kind is kind), ())
+
+    def contradiction(self, num_stages: int) -> str | None:
+        """What of the rule makes no sense for so many stages, or beside its other parts; or None.
+
+        >>> Rule(transforms=(Transform(TransformKind.SPIKE, (2.0, 1.0)),)).contradiction(3)
+        'spike=2,1 must have 3 numbers'
+        """
+        for transform in self.transforms:
+            wanted = _LENGTHS.get(transform.kind, num_stages)
+            if transform.kind in (TransformKind.RATE, TransformKind.DISCREPANCY):
+                wanted = num_stages + 1
+            if len(transform.values) != wanted:
+                return f"{transform} must have {wanted} numbers"
+            jacobian = _READ_AT.get(transform.kind, self.jacobian)
+            if self.jacobian is not jacobian:
+                return f"{transform} needs jacobian={jacobian.value}, not {self.jacobian.value}"
+        return None
+
+
+_LENGTHS = {TransformKind.SHRINK: 1, TransformKind.TIED: 2}
+_READ_AT = {
+    TransformKind.PREDICT_BACKWARD: Jacobian.PREDICTED,
+    TransformKind.DISCREPANCY: Jacobian.CURRENT,
+}

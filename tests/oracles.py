@@ -50,6 +50,21 @@ def toy_stages(num_stages: int, seed: int = 0) -> list[nn.Module]:
     ]
 
 
+class ToyHead(nn.Module):
+    """A head with weights of its own: means over channels and pixels, then a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            self.linear = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        flat = nn.functional.adaptive_avg_pool1d(inputs.flatten(1)[:, None], 4)
+        result: Tensor = self.linear(flat[:, 0])
+        return result
+
+
 def snapshot(stages: Sequence[nn.Module]) -> Weights:
     return [
         {name: p.detach().clone().requires_grad_() for name, p in stage.named_parameters()}

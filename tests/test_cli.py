@@ -435,6 +435,28 @@ def test_delay_semantics_seed_and_optimizer_matter(ddg: Ddg):
     assert again == hashes[0]
 
 
+def test_methods_train_with_their_options(ddg: Ddg):
+    runs = {
+        words: ddg(f"{TRAIN.format(method=words)} --stages 3").json
+        for words in (
+            "gpipe --micro-batches 2",
+            "zb-h1 --micro-batches 2",
+            "pb",
+            "pb --spike --predict",
+            "pipemare --anneal 5 --decay 0.5 --micro-batches 2",
+            "dgl --buffer 1",
+            "pipedream --vertical-sync",
+            "ddg --delays 3,1,0",
+        )
+    }
+    whole, halves, *others = (run["weights_sha256"] for run in runs.values())
+    assert whole == halves
+    assert len({whole, *others}) == 1 + len(others)
+    assert runs["zb-h1 --micro-batches 2"]["samples_per_iteration"] == 2
+    assert runs["ddg --delays 3,1,0"]["options"] == {"delays": [3, 1, 0]}
+    assert all(run["iterations"] == 6 for run in runs.values())
+
+
 def test_epochs_count_passes_over_the_data(ddg: Ddg):
     words = "train bp --stages 1 --model mlp --epochs 2 --batch-size 500 --json"
     assert ddg(words).json["iterations"] == 2 * 3
@@ -557,6 +579,18 @@ WRONG = [
     ),
     ("simulate interleaved --stages 3", ["num_stages must be a multiple of chunks=2, got 3"]),
     (f"{FIT.replace('ddg', 'petra', 1)}", ["petra", "torch backend", "reconstruct"]),
+    (
+        f"{FIT.replace('ddg', 'dp', 1)} --executor distributed",
+        ["dp", "torch backend", "all-reduce"],
+    ),
+    (f"{FIT.replace('ddg', 'ouroboros', 1)}", ["ouroboros", "torch backend", "tied=0,1"]),
+    (f"{FIT} --spike", ["spike True does not apply to ddg"]),
+    (f"{FIT} --delays 0,1", ["delays must be 2 numbers that do not grow"]),
+    (f"{FIT.replace('ddg', 'pb', 1)} --spike --optimizer adam", ["spike=2", "Adam", "take sgd"]),
+    (
+        "train sideways --stages 2 --model mlp --iterations 40",
+        ["batch_size 64", "29 examples", "sideways"],
+    ),
     ("simulate sgd --stages 2", ["method", "'sgd'", "bp, ddg"]),
     (f"{SIM} --sync lock", ["--sync", "'lock'", "none, barrier, mailbox"]),
     ("simulate bp --stages 2 --sync barrier", ["sync", "'barrier'", "bp"]),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracles import Toy, toy_stages
+from oracles import Toy, ToyHead, toy_stages
 
 from ddg_gpu import distributed
 from ddg_gpu.data import load
@@ -27,7 +27,7 @@ from ddg_gpu.train import train
 from ddg_gpu.transport import GlooTransport
 from ddg_sim.dependencies import validate
 from ddg_sim.lowering import Message, slots
-from ddg_sim.methods import Semantics, bp, ddg
+from ddg_sim.methods import Semantics, bp, ddg, method
 from ddg_sim.notation import parse
 from ddg_sim.schedule import OpKind, Schedule, Sync
 
@@ -50,7 +50,8 @@ def toy_boundaries(num_stages: int) -> list[torch.Size]:
 def toy_task(
     schedule: Schedule, optimizer: str, rank: int, given: dict[str, Any], report: Any
 ) -> dict[str, Any]:
-    stage = Stage(toy_stages(schedule.num_stages)[rank], rank, schedule, OPTIMIZERS[optimizer])
+    module = toy_stages(schedule.num_stages)[rank]
+    stage = Stage(module, rank, schedule, OPTIMIZERS[optimizer], head=ToyHead())
     boundaries = toy_boundaries(schedule.num_stages)
 
     def shape(message: Message) -> torch.Size:
@@ -128,27 +129,36 @@ CASES = [
     *((ddg(num_stages), name) for num_stages in (1, 2, 3, 4) for name in OPTIMIZERS),
     *((bp(num_stages), "sgd") for num_stages in (2, 4)),
     *((ddg(3, sync, semantics), "sgd") for sync in Sync for semantics in Semantics),
+    (method("zb-h1", 3), "sgd"),
+    (method("pipedream-2bw", 2), "adam"),
+    (method("dgl", 3), "sgd"),
+    (method("pb", 3, spike=True, predict=True), "sgd"),
+    (method("pipemare", 2, anneal=4.0, decay=0.5), "adam"),
+    (method("xpipe", 3), "adam"),
+    (method("sideways", 2), "sgd"),
 ]
 
 
 @pytest.mark.parametrize(("schedule", "optimizer"), CASES)
 def test_processes_give_the_same_bits_as_one_process(schedule: Schedule, optimizer: str) -> None:
     modules = toy_stages(schedule.num_stages)
-    stages = [Stage(m, k, schedule, OPTIMIZERS[optimizer]) for k, m in enumerate(modules)]
+    stages = [
+        Stage(m, k, schedule, OPTIMIZERS[optimizer], head=ToyHead()) for k, m in enumerate(modules)
+    ]
     run_serial(schedule, stages, Toy(), ITERATIONS)
     results = run_together(partial(toy_task, schedule, optimizer), schedule.num_stages, {})
-    for module, result in zip(modules, results, strict=True):
-        own = module.state_dict()
+    for stage, result in zip(stages, results, strict=True):
+        own = stage.module.state_dict()
         assert own.keys() == result["state"].keys()
         assert all(torch.equal(own[name], result["state"][name]) for name in own)
-        assert result["held"] == (0, 1)
-    assert results[-1]["losses"] == stages[-1].losses
-    assert len(results[-1]["losses"]) == ITERATIONS
+        assert result["held"] == stage.held
+        assert result["losses"] == stage.losses
+    assert len(results[-1]["losses"]) == ITERATIONS * schedule.samples_per_iteration
 
 
-@pytest.mark.parametrize("method", ["bp", "ddg"])
-def test_a_real_network_on_real_data_ends_with_the_same_fingerprint(method: str) -> None:
-    job = Job(method, 3, "resnet8", iterations=6)
+@pytest.mark.parametrize("name", ["bp", "ddg", "dgl"])
+def test_a_real_network_on_real_data_ends_with_the_same_fingerprint(name: str) -> None:
+    job = Job(name, 3, "resnet8", iterations=6)
     digits = load("digits")
     serial, distributed = train(job, digits), train(job, digits, "distributed")
     assert serial is not None
@@ -156,6 +166,14 @@ def test_a_real_network_on_real_data_ends_with_the_same_fingerprint(method: str)
     assert serial.weights_sha256 == distributed.weights_sha256
     assert serial.losses == distributed.losses
     assert serial.test_accuracy == distributed.test_accuracy
+
+
+def test_an_epoch_of_micro_batches_ends_with_a_whole_update() -> None:
+    # 1437 digits are 15 micro-batches of 100, so that two epochs are 30; 8 updates take 32.
+    job = Job("gpipe", 2, "mlp", epochs=2, batch_size=100, options={"micro_batches": 4})
+    run = train(job, load("digits"))
+    assert run is not None
+    assert (run.timeline.iterations, len(run.losses)) == (8, 32)
 
 
 def test_a_ragged_last_batch_crosses_processes() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from ddg_cli.training import comparison_rows
 from ddg_gpu.data import load
 from ddg_gpu.job import Job
 from ddg_gpu.plot import loss_curves
@@ -139,3 +142,24 @@ def test_costs_of_one_stage_have_no_contention() -> None:
     found = measure(Job("bp", 1, "mlp", iterations=1), load("digits"), 2)
     assert (found.contention, found.links, found.cuts) == ([{}], [], [])
     assert found.costs().num_stages == costs(1).num_stages == 1
+
+
+def test_speeds_are_compared_per_sample() -> None:
+    """An iteration of four micro-batches that takes four times as long as bp's is as fast."""
+    run = SimpleNamespace(test_accuracy=0.5, losses=(1.0,), weights_sha256="")
+    found: list[Any] = [
+        SimpleNamespace(
+            name=name,
+            samples=samples,
+            predicted_period=2.0 * samples,
+            measured_period=samples / 2,
+            measured_interval=None,
+            error=0.0,
+            bound_by="",
+            run=run,
+        )
+        for name, samples in (("bp", 1), ("gpipe", 4))
+    ]
+    row = comparison_rows(found)["gpipe"]
+    assert row["predicted_speedup"] == row["measured_speedup"] == 1.0
+    assert row["samples_per_iteration"] == 4

@@ -13,7 +13,6 @@ from ddg_sim.rule import Activations, Gradient, Rule, TransformKind
 from ddg_sim.schedule import Op, OpKind
 from theory.protocols import FloatArray, IntArray, LayeredProblem, Problem, ReversibleProblem
 from theory.rows import align, spread
-from theory.weights import values_of
 
 
 class Engine(Protocol):
@@ -76,7 +75,7 @@ class Snapshots:
         del self.read[op.stage, op.sample]
         if self.taken[op.sample] == stages:
             del self.gradients[op.sample], self.taken[op.sample]
-        if shrink := values_of(self.rule, TransformKind.SHRINK):
+        if shrink := self.rule.values(TransformKind.SHRINK):
             gradient = gradient * shrink[0] ** (stages - 1 - op.stage)
         return gradient
 
@@ -177,7 +176,7 @@ class Propagation:
             h_out = spread(h_out, len(column))
             return self.problem.loss_gradient(h_out, spread(column, len(h_out)))
         delta = self.sent.pop((OpKind.BACKWARD, op.stage + 1, op.sample))
-        shrink = values_of(self.rule, TransformKind.SHRINK)
+        shrink = self.rule.values(TransformKind.SHRINK)
         return shrink[0] * delta if shrink else delta
 
 

@@ -64,7 +64,7 @@ class StageWeights:
         if version.drift is None:
             return version.weights
         weights, drift = align(version.weights, version.drift)
-        _, *behind = values_of(self.rule, TransformKind.DISCREPANCY)
+        _, *behind = self.rule.values(TransformKind.DISCREPANCY)
         return weights - behind[self.stage] * drift
 
     def reduce(self, op: Op) -> None:
@@ -81,7 +81,7 @@ class StageWeights:
             direction, g = align(newest.direction, g)
             v = self.momentum * direction + g
         step = v
-        if values := values_of(self.rule, TransformKind.SPIKE):
+        if values := self.rule.values(TransformKind.SPIKE):
             m, delay = self.momentum, values[self.stage]
             step = m**delay * v + (1.0 - m**delay) / (1.0 - m) * g
         gamma = self._rate(update)
@@ -106,7 +106,7 @@ class StageWeights:
 
     def _number(self, kind: TransformKind) -> float:
         """Return this stage's number of a transform that has one for every stage; or 0."""
-        values = values_of(self.rule, kind)
+        values = self.rule.values(kind)
         return values[self.stage] if values else 0.0
 
     def _predict(self, version: Version, ahead: float, op: Op) -> FloatArray:
@@ -118,13 +118,13 @@ class StageWeights:
 
     def _rate(self, update: Op) -> float:
         gamma = float(self.gammas[update.iteration])
-        if values := values_of(self.rule, TransformKind.RATE):
+        if values := self.rule.values(TransformKind.RATE):
             done = min((update.version - 1) / values[0], 1.0)
             gamma /= float(values[1 + self.stage] ** (1.0 - done))
         return gamma
 
     def _drift(self, newest: Version, change: FloatArray) -> FloatArray | None:
-        values = values_of(self.rule, TransformKind.DISCREPANCY)
+        values = self.rule.values(TransformKind.DISCREPANCY)
         if not values:
             return None
         decay = float(values[0] ** (1.0 / values[1 + self.stage]))
@@ -132,16 +132,6 @@ class StageWeights:
             return (1.0 - decay) * change
         drift, change = align(newest.drift, change)
         return decay * drift + (1.0 - decay) * change
-
-
-def values_of(rule: Rule, kind: TransformKind) -> tuple[float, ...]:
-    """Return the numbers of the rule's transform of that kind; empty if it has none.
-
-    >>> from ddg_sim.methods import fdg
-    >>> values_of(fdg(2, shrink=0.5).rule, TransformKind.SHRINK)
-    (0.5,)
-    """
-    return next((t.values for t in rule.transforms if t.kind is kind), ())
 
 
 def tied_stages(schedule: Schedule) -> tuple[int, int] | None:
@@ -153,7 +143,7 @@ def tied_stages(schedule: Schedule) -> tuple[int, int] | None:
     >>> tied_stages(ouroboros(3))
     (0, 2)
     """
-    values = values_of(schedule.rule, TransformKind.TIED)
+    values = schedule.rule.values(TransformKind.TIED)
     if not values:
         return None
     first, second = (int(value) for value in values)
@@ -168,26 +158,8 @@ def require_meaning(schedule: Schedule) -> None:
     >>> from ddg_sim.methods import ddg
     >>> require_meaning(ddg(2))
     """
-    rule, stages = schedule.rule, schedule.num_stages
-    lengths = {
-        TransformKind.SHRINK: 1,
-        TransformKind.TIED: 2,
-        TransformKind.RATE: stages + 1,
-        TransformKind.DISCREPANCY: stages + 1,
-    }
-    read_at = {
-        TransformKind.PREDICT_BACKWARD: Jacobian.PREDICTED,
-        TransformKind.DISCREPANCY: Jacobian.CURRENT,
-    }
-    for transform in rule.transforms:
-        wanted = lengths.get(transform.kind, stages)
-        if len(transform.values) != wanted:
-            raise ValueError(f"schedule: {transform} must have {wanted} numbers")
-        jacobian = read_at.get(transform.kind, rule.jacobian)
-        if rule.jacobian is not jacobian:
-            raise ValueError(
-                f"schedule: {transform} needs jacobian={jacobian.value}, not {rule.jacobian.value}"
-            )
+    if flaw := schedule.rule.contradiction(schedule.num_stages):
+        raise ValueError(f"schedule: {flaw}")
 
 
 def _mean(gradients: list[FloatArray]) -> FloatArray:
