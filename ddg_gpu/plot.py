@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ddg_sim.files import replacing
+from ddg_sim.plot import empty_figure, save
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")
@@ -36,9 +34,7 @@ def loss_curves(runs: Mapping[str, tuple[Sequence[float], float]], path: str | P
     """
     if not runs:
         raise ValueError("runs is empty: give at least one run to draw")
-    figure = Figure(figsize=(10, 3.8))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
+    figure = empty_figure(10, 3.8)
     by_iteration, by_time = figure.subplots(1, 2, sharey=True)
     for place, (name, (losses, period)) in enumerate(runs.items()):
         window = min(WINDOW, len(losses))
@@ -59,5 +55,4 @@ def loss_curves(runs: Mapping[str, tuple[Sequence[float], float]], path: str | P
         axis.set_yscale("log")
         axis.grid(alpha=0.3, which="both")
     by_iteration.legend(frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save(figure, Path(path))

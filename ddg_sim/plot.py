@@ -69,7 +69,7 @@ def gantt(
     ...
     ValueError: timelines is empty: give at least one to draw
     """
-    path = _checked(path)
+    path = picture_path(path)
     if not timelines:
         raise ValueError("timelines is empty: give at least one to draw")
     shown = {name: _window(timeline, iterations) for name, timeline in timelines.items()}
@@ -83,7 +83,7 @@ def gantt(
     row = _within(ROWS, HEIGHT / sum(heights))
     boxes = [span.duration for spans in shown.values() for span in spans if span.op is not None]
     width = _within(WIDTHS, BOX * longest / float(np.quantile(boxes, 0.25)) if boxes else 0.0)
-    figure = _figure(width, row * sum(heights) + 0.55 * len(heights) + 1.0)
+    figure = empty_figure(width, row * sum(heights) + 0.55 * len(heights) + 1.0)
     axes = figure.subplots(
         len(shown), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
     )[:, 0]
@@ -105,7 +105,7 @@ def gantt(
     figure.draw_without_rendering()  # lays the picture out: then it is known how wide a box is
     for axis, spans in zip(axes, shown.values(), strict=True):
         _label(axis, spans, scale, longest)
-    _save(figure, path)
+    save(figure, path)
 
 
 def window(timeline: Timeline) -> tuple[int, int]:
@@ -135,23 +135,41 @@ def _within(bounds: tuple[float, float], value: float) -> float:
     return min(max(value, bounds[0]), bounds[1])
 
 
-def _checked(path: str | Path) -> Path:
+def picture_path(path: str | Path) -> Path:
+    """Check that a picture can be written under this name.
+
+    Raises:
+        ValueError: naming a suffix that is neither .png nor .svg.
+
+    >>> picture_path("run.svg").name
+    'run.svg'
+    """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"path ends in {path.suffix!r}: give one that ends in .png or .svg")
     return path
 
 
-def _figure(width: float, height: float) -> Figure:
+def empty_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches that needs no display and keeps its labels apart.
+
+    >>> empty_figure(8, 5).get_size_inches().tolist()
+    [8.0, 5.0]
+    """
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained")
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure; the file appears whole or not at all, and the same run gives the same file.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     save(empty_figure(1, 1), Path(folder, "empty.png"))
+    """
     with replacing(path) as temporary:
-        # Without a date the same run gives the same file.
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
         figure.savefig(temporary, dpi=150, metadata=metadata)
 
@@ -292,11 +310,11 @@ def speedup_curves(rows: Sequence[Row], path: str | Path) -> None:
     ...
     ValueError: rows is empty: give at least one point of a plan
     """
-    path = _checked(path)
+    path = picture_path(path)
     _some(rows)
-    figure = _figure(8.0, 5.0)
+    figure = empty_figure(8.0, 5.0)
     _curves(figure.subplots(), rows)
-    _save(figure, path)
+    save(figure, path)
 
 
 def heat_maps(rows: Sequence[Row], path: str | Path) -> None:
@@ -313,23 +331,23 @@ def heat_maps(rows: Sequence[Row], path: str | Path) -> None:
         ValueError: for another suffix, or without rows.
         OSError: if the folder does not exist or cannot be written.
     """
-    path = _checked(path)
+    path = picture_path(path)
     _some(rows)
-    figure = _figure(*_heat_size(rows))
+    figure = empty_figure(*_heat_size(rows))
     _heat_panels(figure, rows)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plan_picture(rows: Sequence[Row], path: str | Path) -> None:
     """Draw `speedup_curves` above `heat_maps` in one picture; same arguments and errors."""
-    path = _checked(path)
+    path = picture_path(path)
     _some(rows)
     width, height = _heat_size(rows)
-    figure = _figure(max(8.0, width), 4.5 + height)
+    figure = empty_figure(max(8.0, width), 4.5 + height)
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[4.5, height])[:, 0]
     _curves(above.subplots(), rows)
     _heat_panels(below, rows)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _some(rows: Sequence[Row]) -> None:

@@ -14,24 +14,11 @@ from ddg_sim.profile import first_problem
 from ddg_sim.schedule import Schedule
 from theory.bounds import STATEMENTS
 from theory.check import MonteCarlo, Report, Verdict, check
-from theory.links import (
-    CAUCHY,
-    COSINE,
-    GEMAN_MCCLURE,
-    LOG_LOSS,
-    SIGMOID,
-    TANH_NEURON,
-    WELSCH,
-)
+from theory.links import LINKS
 from theory.problems import make
 from theory.protocols import Problem
 from theory.quadratic import NoisyQuadratic
 from theory.ridge import RidgeSum
-
-_LINKS = {
-    link.name: link
-    for link in (CAUCHY, COSINE, GEMAN_MCCLURE, LOG_LOSS, SIGMOID, TANH_NEURON, WELSCH)
-}
 
 
 class CertificateError(ValueError):
@@ -76,11 +63,11 @@ class Ridge(_Strict):
 
     def build(self) -> Problem:
         """Make the problem."""
-        if self.link not in _LINKS:
-            raise ValueError(f"link {self.link!r} is unknown; known are {', '.join(_LINKS)}")
+        if self.link not in LINKS:
+            raise ValueError(f"link {self.link!r} is unknown; known are {', '.join(LINKS)}")
         return RidgeSum(
             self.name,
-            _LINKS[self.link],
+            LINKS[self.link],
             rows=np.array(self.rows),
             offsets=np.array(self.offsets),
             coefficients=np.array(self.coefficients),

@@ -155,3 +155,9 @@ TANH_NEURON = Link(
     (1.0 - _U) ** 2 * (1.0 + _U) * (1.0 + 3.0 * _U),
     largest_offset=1.0,
 )
+
+#: All of them, by name.
+LINKS = {
+    link.name: link
+    for link in (CAUCHY, COSINE, GEMAN_MCCLURE, LOG_LOSS, SIGMOID, TANH_NEURON, WELSCH)
+}

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ddg_sim import methods
-from ddg_sim.files import replacing
+from ddg_sim.plot import empty_figure, picture_path, save
 from theory.bounds import STATEMENTS
 from theory.check import Report, Verdict, check
 from theory.problems import make
@@ -20,7 +19,6 @@ from theory.rates import rates
 from theory.stability import fastest, spectral_radius, stable_limit
 from theory.statement import Scope
 
-SUFFIXES = (".png", ".svg")
 #: Okabe and Ito's palette, which colour-blind readers can tell apart; markers help in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -37,10 +35,10 @@ def region(path: str | Path, delays: Sequence[int] = (0, 1, 2, 3, 5, 8)) -> None
     Traceback (most recent call last):
     ValueError: path ends in '.gif': give one that ends in .png or .svg
     """
-    path = _checked(path)
+    path = picture_path(path)
     if not delays:
         raise ValueError("delays is empty: give at least one")
-    figure = _figure(10.0, 4.4)
+    figure = empty_figure(10.0, 4.4)
     left, right = figure.subplots(1, 2)
     beta = np.linspace(0.0, 0.99, 200)
     for index, delay in enumerate(delays):
@@ -74,8 +72,8 @@ def frontier(
     Raises ValueError for another suffix than .png or .svg, or a method that `theory.rates.rates`
     knows nothing about.
     """
-    path = _checked(path)
-    figure = _figure(6.4, 4.4)
+    path = picture_path(path)
+    figure = empty_figure(6.4, 4.4)
     axes = figure.subplots()
     counts = list(range(1, max_stages + 1))
     for index, name in enumerate(names):
@@ -109,11 +107,11 @@ def bounds(
     Raises ValueError for another suffix than .png or .svg, a statement that is not about the
     average, or as `theory.check.check` does.
     """
-    path = _checked(path)
+    path = picture_path(path)
     chosen = _averages(statements)
     lengths = sorted({*np.unique(np.geomspace(max(2, stages), iterations, 6).astype(int))})
     steps = gamma * np.geomspace(1 / 16, 16, 9)
-    figure = _figure(12.0, 4.4)
+    figure = empty_figure(12.0, 4.4)
     axes = figure.subplots(1, 3, sharey=True)
     panels: list[tuple[str, list[float], list[tuple[int, float, int]]]] = [
         ("iterations T", [*map(float, lengths)], [(stages, gamma, int(t)) for t in lengths]),
@@ -153,11 +151,11 @@ def tightness(
 
     Raises ValueError as `bounds` does.
     """
-    path = _checked(path)
+    path = picture_path(path)
     chosen = _averages(statements)
     counts = list(range(1, max_stages + 1))
     runs = [_reports(problem, num_samples, chosen, k, gamma, max(iterations, k)) for k in counts]
-    figure = _figure(6.4, 4.4)
+    figure = empty_figure(6.4, 4.4)
     axes = figure.subplots()
     for index, key in enumerate(chosen):
         shown = [
@@ -230,20 +228,6 @@ def _marked(index: int) -> dict[str, Any]:
     }
 
 
-def _checked(path: str | Path) -> Path:
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"path ends in {path.suffix!r}: give one that ends in .png or .svg")
-    return path
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
-    return figure
-
-
 def _finish(figure: Figure, axes: list[Axes], path: Path, title: str | None = None) -> None:
     """Grids, one legend beside the data, and the file, which appears whole or not at all."""
     entries: dict[str, Any] = {}
@@ -257,7 +241,4 @@ def _finish(figure: Figure, axes: list[Axes], path: Path, title: str | None = No
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    with replacing(path) as temporary:
-        # Without a date the same run gives the same file.
-        metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-        figure.savefig(temporary, dpi=150, metadata=metadata)
+    save(figure, path)
