@@ -6,7 +6,6 @@ A run is started from here (processes on this machine) or by torchrun.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -18,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddg_gpu.data import Batches, Dataset
-from ddg_gpu.execute import Record, Samples, work
-from ddg_gpu.job import Job, make_stage, message_shape, network, num_iterations, num_samples
+from ddg_gpu.execute import Execution, Record, Samples, Value, Watch
+from ddg_gpu.job import Job, make_stage, message_buffer, network, num_iterations, num_samples
 from ddg_gpu.processes import Progress, Report, run_together
 from ddg_gpu.stage import Stage
-from ddg_gpu.transport import GlooTransport, Stream
-from ddg_sim.lowering import Message, channels, instructions, slots
-from ddg_sim.schedule import Schedule
+from ddg_gpu.transport import GlooTransport
+from ddg_sim.lowering import Message
+from ddg_sim.schedule import Op, OpKind, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ def run_worker(
     dataset: Dataset,
     rank: int,
     timeout: float,
-    on_sample: Callable[[int], None] = lambda sample: None,
+    watch: Watch = lambda op, seconds: None,
 ) -> WorkerOutcome:
     """Run one worker of a job; the process group must exist, with one rank per worker.
 
@@ -56,7 +55,7 @@ def run_worker(
         dataset: the data; the same in every process.
         rank: index of this worker.
         timeout: seconds that any wait for another worker may last.
-        on_sample: called with each sample that the last stage has finished.
+        watch: called after every operation.
     """
     torch.set_num_threads(1)  # other thread counts give other bits
     schedule = job.schedule()
@@ -67,9 +66,9 @@ def run_worker(
         for index in range(schedule.num_stages)
         if schedule.worker_of(index) == rank
     }
-    shape = message_shape(parts.boundaries, batches)
+    buffer = message_buffer(parts.boundaries, batches)
     iterations = num_iterations(job, batches)
-    record = run_stages(schedule, rank, stages, batches, shape, iterations, timeout, on_sample)
+    record = run_stages(schedule, rank, stages, batches, buffer, iterations, timeout, watch)
     weights = {
         name: tensor
         for index, stage in stages.items()
@@ -89,10 +88,10 @@ def run_stages(
     rank: int,
     stages: Mapping[int, Stage],
     samples: Samples,
-    shape: Callable[[Message], torch.Size],
+    buffer: Callable[[Message], Value],
     iterations: int,
     timeout: float,
-    on_sample: Callable[[int], None] = lambda sample: None,
+    watch: Watch = lambda op, seconds: None,
 ) -> Record:
     """Execute one worker's program in this process, until all samples are used everywhere.
 
@@ -101,31 +100,19 @@ def run_stages(
         rank: index of this worker.
         stages: the stages it holds, by index; their weights are trained in place.
         samples: the data; sample s must be the same in every process.
-        shape: shape of a message's tensor.
+        buffer: makes the empty value that a message is received into.
         iterations: iterations of samples that are fed.
         timeout: seconds that any wait for another worker may last.
-        on_sample: called with each sample that the last stage has finished.
+        watch: called after every operation.
 
     Raises:
         PeerLostError: if another worker is gone, or does not answer in time.
     """
-    incoming: Counter[Stream] = Counter()
-    outgoing: Counter[Stream] = Counter()
-    for channel, buffers in zip(channels(schedule), slots(schedule), strict=True):
-        stream = (channel.relation, channel.target)
-        if channel.dependency.target.worker == rank:
-            incoming[stream] += buffers
-        if channel.dependency.source.worker == rank:
-            outgoing[stream] += buffers
-    program = instructions(schedule, rank, iterations)
-    transport = GlooTransport(schedule, program, incoming, outgoing, shape, timeout)
-    record = Record()
+    transport = GlooTransport(schedule, rank, buffer, timeout)
+    execution = Execution(schedule, [rank], stages, samples, transport, iterations, watch=watch)
     dist.barrier()  # start together, so that loading is not mistaken for waiting
-    program = instructions(schedule, rank, iterations)
-    for _ in work(program, stages, transport, samples, record, on_sample):
-        raise RuntimeError("a worker in a process of its own has nobody to take turns with")
-    transport.close()
-    return record
+    execution.drain()
+    return execution.records[rank]
 
 
 def _whole_model_names(state: dict[str, Tensor], first_layer: int) -> dict[str, Tensor]:
@@ -185,9 +172,24 @@ def dataset_values(dataset: Dataset) -> dict[str, Any]:
 
 def _task(job: Job, rank: int, given: dict[str, Any], report: Report) -> dict[str, Any]:
     dataset = Dataset(**given["dataset"])
-    outcome = run_worker(job, dataset, rank, given["timeout"], lambda sample: report(sample + 1))
+    outcome = run_worker(job, dataset, rank, given["timeout"], finished(job.stages, report))
     # Not asdict, which would copy every tensor.
     return {field.name: getattr(outcome, field.name) for field in fields(outcome)}
+
+
+def finished(stages: int, report: Report) -> Watch:
+    """A watch that reports how many samples the last stage has finished.
+
+    >>> watch = finished(2, print)
+    >>> watch(Op(OpKind.UPDATE, 1, iteration=4, sample=4, version=5), 0.0)
+    5
+    """
+
+    def watch(op: Op, seconds: float) -> None:
+        if op.kind is OpKind.UPDATE and op.stage == stages - 1:
+            report(op.sample + 1)
+
+    return watch
 
 
 def under_torchrun() -> bool:

@@ -1,13 +1,11 @@
-"""The training loop. There is one, for every method and every executor.
-
-It walks the lowered instructions of a worker. What differs between one process and many is only
-the transport that carries the messages.
-"""
+"""The training loop: one, for every method and every executor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from time import perf_counter
 from typing import Protocol
 
@@ -16,9 +14,21 @@ from torch import Tensor
 
 from ddg_gpu.stage import Stage
 from ddg_sim.dependencies import Relation
-from ddg_sim.lowering import Barrier, Instruction, Message, Receive, Send, instructions
+from ddg_sim.lowering import (
+    Barrier,
+    Instruction,
+    Message,
+    Receive,
+    Send,
+    in_flight,
+    instruction_ticks,
+)
 from ddg_sim.schedule import Op, OpKind, Schedule, ScheduleError
 from ddg_sim.timeline import Timeline, op_span, worker_lane
+
+
+#: What passes between two stages.
+Value = Tensor | tuple[Tensor, ...]
 
 
 class Samples(Protocol):
@@ -34,102 +44,245 @@ class Samples(Protocol):
 class Transport(Protocol):
     """Carries messages between workers."""
 
-    def send(self, message: Message, tensor: Tensor) -> None:
-        """Hand a tensor over; it must not be changed afterwards."""
+    def expect(self, messages: Iterator[Message]) -> None:
+        """Say which messages will be received from now on, in order."""
+
+    def send(self, message: Message, value: Value) -> None:
+        """Hand a value over; it must not be changed afterwards."""
 
     def ready(self, instruction: Receive | Barrier) -> bool:
         """Whether the instruction would not wait for a worker of this process."""
 
-    def receive(self, message: Message) -> Tensor:
-        """Wait for a message's tensor."""
+    def receive(self, message: Message) -> Value:
+        """Wait for a message's value."""
+
+    def peek(self, message: Message) -> Value:
+        """Wait for a message's value, which stays to be received."""
+
+    def preload(self, messages: Mapping[Message, Value]) -> None:
+        """Put messages there that were sent in an earlier process."""
 
     def meet(self, barrier: Barrier) -> None:
         """Say that this worker has come to the barrier, and wait where others can come too."""
+
+    def close(self) -> None:
+        """Wait until everything that was sent has been received."""
+
+
+#: Iterations of an execution whose end is not known yet.
+ENDLESS = 2**40
+#: Operations that a record keeps; longer runs keep the last ones.
+KEPT = 200_000
 
 
 @dataclass(slots=True)
 class Record:
     """What a worker did and when: per operation (op, start, end), in seconds of `perf_counter`."""
 
-    spans: list[tuple[Op, float, float]] = field(default_factory=list)
+    spans: deque[tuple[Op, float, float]] = field(default_factory=lambda: deque(maxlen=KEPT))
     instructions: int = 0
 
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What was trained before an execution began: its samples and updates are counted on."""
+
+    samples: int = 0
+    updates: int = 0
+
+
+NOTHING = Before()
 
 #: Shape of the message that says that there is room for another activation: only its coming counts.
 CREDIT_SHAPE = torch.Size((1,))
 
 # Values between operations: (what, stage that uses it, sample).
 Key = tuple[Relation, int, int]
+#: Called after each operation with (operation, its seconds); samples and versions count from the
+#: very first.
+Watch = Callable[[Op, float], None]
 
 
-def work(
-    program: Iterator[Instruction],
-    stages: Mapping[int, Stage],
-    transport: Transport,
-    samples: Samples,
-    record: Record,
-    on_sample: Callable[[int], None] = lambda sample: None,
-) -> Iterator[None]:
-    """Execute a worker's instructions; yields whenever it would wait for another worker here.
+class Execution:
+    """Workers of a schedule at work in this process, tick by tick.
+
+    Samples, versions and ticks count from the beginning of this execution; stages and data are
+    told numbers that go on from what was there ``before``.
 
     Args:
-        program: the lowered instructions of the worker.
-        stages: the stages it holds, by index.
-        transport: carries its messages.
+        schedule: what to run.
+        workers: which of its workers are run here, in turns.
+        stages: their stages, by index; the weights are trained in place.
         samples: the data.
-        record: takes a span per operation.
-        on_sample: called with each sample that the last stage has finished.
+        transport: carries messages to and from other workers.
+        iterations: iterations of samples that are fed; `ENDLESS` until `drain` is called.
+        before: what was trained before.
+        start: tick from which on to run; what is in flight there comes through `restore`.
+        watch: called after every operation.
     """
-    values: dict[Key, Tensor] = {}
-    for instruction in program:
-        match instruction:
-            case Receive(message=message):
-                while not transport.ready(instruction):
-                    yield
-                tensor = transport.receive(message)
-                if message.relation is not Relation.CREDIT:
-                    values[message.relation, message.target, message.sample] = tensor
-            case Send(message=message) if message.relation is Relation.CREDIT:
-                transport.send(message, torch.empty(CREDIT_SHAPE))
-            case Send(message=message):
-                key = (message.relation, message.target, message.sample)
-                transport.send(message, values.pop(key))
-            case Barrier():
-                transport.meet(instruction)
-                while not transport.ready(instruction):
-                    yield
-            case Op():
-                start = perf_counter()
-                _run(instruction, stages[instruction.stage], values, samples)
-                record.spans.append((instruction, start, perf_counter()))
-                if instruction.kind is OpKind.UPDATE and stages[instruction.stage].is_last:
-                    on_sample(instruction.sample)
-        record.instructions += 1
 
+    def __init__(
+        self,
+        schedule: Schedule,
+        workers: Sequence[int],
+        stages: Mapping[int, Stage],
+        samples: Samples,
+        transport: Transport,
+        iterations: int = ENDLESS,
+        before: Before = NOTHING,
+        start: int = 0,
+        watch: Watch = lambda op, seconds: None,
+    ) -> None:
+        self.schedule = schedule
+        self.before = before
+        self.tick = start
+        self.iterations = iterations
+        self.records = {worker: Record() for worker in workers}
+        self.values: dict[Key, Value] = {}
+        self._stages = stages
+        self._samples = samples
+        self._transport = transport
+        self._watch = watch
+        self._done = dict.fromkeys(workers, start)  # ticks
+        self._begin()
 
-def _run(op: Op, stage: Stage, values: dict[Key, Tensor], samples: Samples) -> None:
-    """Run one operation on its inputs; its outputs go where their consumers will look."""
-    activation, gradient = Relation.ACTIVATION, Relation.GRADIENT
-    if op.kind is OpKind.FORWARD:
-        own = (activation, op.stage, op.sample)
-        inputs = values.pop(own) if op.stage > 0 else samples.inputs(op.sample)
-        targets = samples.targets(op.sample) if stage.has_loss else None
-        output = stage.forward(op, inputs, targets)
-        if not stage.is_last:
-            values[activation, op.stage + 1, op.sample] = output
-    elif op.kind is OpKind.RECOMPUTE:
-        stage.recompute(op)
-    elif op.kind in (OpKind.BACKWARD, OpKind.BACKWARD_INPUT):
-        error = None if stage.has_loss else values.pop((gradient, op.stage, op.sample))
-        result = stage.backward(op, error)
-        if result is not None:
-            values[gradient, op.stage - 1, op.sample] = result
-    elif op.kind is OpKind.BACKWARD_WEIGHT:
-        stage.backward(op)
-    elif op.kind is OpKind.UPDATE:
-        stage.update(op)
-    else:
-        raise ScheduleError(f"{op}: the torch backend does not run {op.kind.noun} operations")
+    def advance(self, tick: int) -> None:
+        """Run all workers of this process up to a tick, which is not run itself.
+
+        Raises:
+            ScheduleError: if no worker can go on.
+            PeerLostError: if a worker elsewhere is gone, or does not answer in time.
+        """
+        more, self.tick = tick - self.tick, tick
+        for ahead in self._ahead.values():
+            self._transport.expect(chain.from_iterable(islice(ahead, more)))
+        while behind := [worker for worker, done in self._done.items() if done < tick]:
+            before = self._progress()
+            for worker in behind:
+                next(self._running[worker], None)
+            if before == self._progress():
+                raise ScheduleError(f"deadlock: workers {behind} wait for one another")
+
+    def _progress(self) -> int:
+        executed = sum(record.instructions for record in self.records.values())
+        return executed + sum(self._done.values())
+
+    def drain(self) -> None:
+        """Feed no more, and go on until all samples are used everywhere.
+
+        Raises:
+            ScheduleError: if no worker can go on.
+            PeerLostError: if a worker elsewhere is gone, or does not answer in time.
+        """
+        unused: list[Message] = []
+        if self.iterations == ENDLESS:
+            sent = {w: in_flight(self.schedule, w, self.tick, ENDLESS) for w in self._running}
+            self.iterations = self.tick
+            self._begin()
+            for worker, messages in sent.items():
+                used = set(in_flight(self.schedule, worker, self.tick, self.tick))
+                unused += [message for message in messages if message not in used]
+        self.advance(self.schedule.num_ticks(self.iterations))
+        self._transport.expect(iter(unused))
+        for message in unused:  # such as the credit for a sample that never came
+            self._transport.receive(message)
+        self._transport.close()
+
+    def messages(self) -> dict[Message, Value]:
+        """What was sent to the workers here and not yet received; it stays there to be received."""
+        found = {}
+        for worker in self._running:
+            for message in in_flight(self.schedule, worker, self.tick, self.iterations):
+                found[message] = self._transport.peek(message)
+        return found
+
+    def restore(self, messages: Mapping[Message, Value], values: Mapping[Key, Value]) -> None:
+        """Put back what `messages` and ``values`` were."""
+        self._transport.preload(messages)
+        self.values.update(values)
+
+    def _begin(self) -> None:
+        """Take up the programs at the present tick."""
+        self._running = {worker: self._work(worker) for worker in self._done}
+        self._ahead = {worker: self._receives(worker) for worker in self._done}
+
+    def _ticks(self, worker: int) -> Iterator[tuple[Instruction, ...]]:
+        return instruction_ticks(self.schedule, worker, self.iterations, start=self._done[worker])
+
+    def _receives(self, worker: int) -> Iterator[list[Message]]:
+        """What a worker receives, tick by tick."""
+        for tick in self._ticks(worker):
+            yield [item.message for item in tick if isinstance(item, Receive)]
+
+    def _work(self, worker: int) -> Iterator[None]:
+        """Execute a worker's instructions; yields whenever it would wait for another one here.
+
+        It walks lowered instructions and knows no method. There is one such loop, for every method
+        and every executor; what differs is the transport.
+        """
+        transport, record, values = self._transport, self.records[worker], self.values
+        for number, tick in enumerate(self._ticks(worker), self._done[worker]):
+            while number >= self.tick:
+                yield
+            for instruction in tick:
+                match instruction:
+                    case Op():
+                        begin = perf_counter()
+                        op = self._run(instruction)
+                        end = perf_counter()
+                        record.spans.append((instruction, begin, end))
+                        self._watch(op, end - begin)
+                    case Receive(message=message):
+                        while not transport.ready(instruction):
+                            yield
+                        value = transport.receive(message)
+                        if message.relation is not Relation.CREDIT:
+                            values[message.relation, message.target, message.sample] = value
+                    case Send(message=message) if message.relation is Relation.CREDIT:
+                        transport.send(message, torch.empty(CREDIT_SHAPE))
+                    case Send(message=message):
+                        key = (message.relation, message.target, message.sample)
+                        transport.send(message, values.pop(key))
+                    case Barrier():
+                        transport.meet(instruction)
+                        while not transport.ready(instruction):
+                            yield
+                record.instructions += 1
+            self._done[worker] = number + 1
+
+    def _run(self, local: Op) -> Op:
+        """Run one operation on its inputs; its outputs go where their consumers will look.
+
+        Returns the operation with numbers that count from the very first.
+        """
+        op, before = local, self.before
+        if before.samples or before.updates:
+            op = replace(
+                local, sample=local.sample + before.samples, version=local.version + before.updates
+            )
+        stage, values, samples = self._stages[op.stage], self.values, self._samples
+        activation, gradient = Relation.ACTIVATION, Relation.GRADIENT
+        if op.kind is OpKind.FORWARD:
+            own = (activation, op.stage, local.sample)
+            inputs = values.pop(own) if op.stage > 0 else samples.inputs(op.sample)
+            targets = samples.targets(op.sample) if stage.has_loss else None
+            output = stage.forward(op, inputs, targets)
+            if not stage.is_last:
+                values[activation, op.stage + 1, local.sample] = output
+        elif op.kind is OpKind.RECOMPUTE:
+            stage.recompute(op)
+        elif op.kind in (OpKind.BACKWARD, OpKind.BACKWARD_INPUT):
+            error = None if stage.has_loss else values.pop((gradient, op.stage, local.sample))
+            result = stage.backward(op, error)
+            if result is not None:
+                values[gradient, op.stage - 1, local.sample] = result
+        elif op.kind is OpKind.BACKWARD_WEIGHT:
+            stage.backward(op)
+        elif op.kind is OpKind.UPDATE:
+            stage.update(op)
+        else:
+            raise ScheduleError(f"{op}: the torch backend does not run {op.kind.noun} operations")
+        return op
 
 
 class LocalTransport:
@@ -137,12 +290,15 @@ class LocalTransport:
 
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
-        self._messages: dict[Message, Tensor] = {}
+        self._messages: dict[Message, Value] = {}
         self._met: dict[Barrier, int] = {}
 
-    def send(self, message: Message, tensor: Tensor) -> None:
-        """Keep the tensor until it is received."""
-        self._messages[message] = tensor
+    def expect(self, messages: Iterator[Message]) -> None:
+        """Nothing to prepare."""
+
+    def send(self, message: Message, value: Value) -> None:
+        """Keep the value until it is received."""
+        self._messages[message] = value
 
     def ready(self, instruction: Receive | Barrier) -> bool:
         """Whether the message was sent, or everybody has come to the barrier."""
@@ -150,15 +306,26 @@ class LocalTransport:
             return instruction.message in self._messages
         return self._met[instruction] == self._num_workers
 
-    def receive(self, message: Message) -> Tensor:
-        """Take the tensor of a message that is ready."""
+    def receive(self, message: Message) -> Value:
+        """Take the value of a message that is ready."""
         return self._messages.pop(message)
+
+    def peek(self, message: Message) -> Value:
+        """The value of a message that was sent, which stays to be received."""
+        return self._messages[message]
+
+    def preload(self, messages: Mapping[Message, Value]) -> None:
+        """Put messages there that were sent in an earlier process."""
+        self._messages.update(messages)
 
     def meet(self, barrier: Barrier) -> None:
         """Count one more worker at the barrier."""
         self._met[barrier] = self._met.get(barrier, 0) + 1
         # Nobody comes to a barrier before all have left the last but one.
         self._met.pop(Barrier(barrier.number - 2), None)
+
+    def close(self) -> None:
+        """Nothing is kept."""
 
 
 def run_serial(
@@ -167,7 +334,7 @@ def run_serial(
     samples: Samples,
     iterations: int,
     drain: bool = True,
-    on_sample: Callable[[int], None] = lambda sample: None,
+    watch: Watch = lambda op, seconds: None,
 ) -> Timeline:
     """Execute a schedule in this process; the reference that every other executor must equal.
 
@@ -177,38 +344,25 @@ def run_serial(
         samples: the data.
         iterations: iterations of samples that are fed.
         drain: whether to go on until all samples are used everywhere.
-        on_sample: called with each sample that the last stage has finished.
+        watch: called after every operation.
 
     Raises:
         ScheduleError: if no worker can go on.
     """
     workers = range(len(schedule.workers))
     transport = LocalTransport(len(workers))
-    records = [Record() for _ in workers]
-    running = {
-        worker: work(
-            instructions(schedule, worker, iterations, drain),
-            dict(enumerate(stages)),
-            transport,
-            samples,
-            records[worker],
-            on_sample,
-        )
-        for worker in workers
-    }
-    done = object()
-    while running:
-        before = sum(record.instructions for record in records)
-        finished = [worker for worker, steps in running.items() if next(steps, done) is done]
-        for worker in finished:
-            del running[worker]
-        if not finished and before == sum(record.instructions for record in records):
-            raise ScheduleError(f"deadlock: workers {sorted(running)} wait for one another")
-    return timeline(schedule, iterations, [record.spans for record in records])
+    execution = Execution(
+        schedule, workers, dict(enumerate(stages)), samples, transport, iterations, watch=watch
+    )
+    if drain:
+        execution.drain()
+    else:
+        execution.advance(iterations)
+    return timeline(schedule, iterations, [execution.records[worker].spans for worker in workers])
 
 
 def timeline(
-    schedule: Schedule, iterations: int, workers: Sequence[Sequence[tuple[Op, float, float]]]
+    schedule: Schedule, iterations: int, workers: Sequence[Iterable[tuple[Op, float, float]]]
 ) -> Timeline:
     """Measured timeline of a run, in the simulator's format; time 0 is the first operation.
 
@@ -217,7 +371,7 @@ def timeline(
         iterations: iterations of samples that were fed.
         workers: per worker its (operation, start, end), on one clock, in seconds.
     """
-    origin = min((start for spans in workers for _, start, _ in spans[:1]), default=0.0)
+    origin = min((start for spans in workers for _, start, _ in islice(spans, 1)), default=0.0)
     return Timeline.of(
         schedule,
         iterations,

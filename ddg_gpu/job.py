@@ -221,13 +221,13 @@ def make_stage(job: Job, schedule: Schedule, parts: Network, index: int) -> Stag
     return Stage(parts.modules[index], index, schedule, optimizer_factory(job), job.seed, head=head)
 
 
-def message_shape(
+def message_buffer(
     boundaries: Sequence[torch.Size], batches: Batches
-) -> Callable[[Message], torch.Size]:
-    """Shape of a message: that of the activation at the boundary it crosses, for its batch."""
+) -> Callable[[Message], torch.Tensor]:
+    """Makes empty tensors for messages: shaped as the activation at the boundary they cross."""
 
-    def shape(message: Message) -> torch.Size:
+    def buffer(message: Message) -> torch.Tensor:
         boundary = boundaries[min(message.source, message.target)]
-        return torch.Size((batches.size(message.sample), *boundary))
+        return torch.empty((batches.size(message.sample), *boundary))
 
-    return shape
+    return buffer

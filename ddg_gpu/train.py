@@ -11,7 +11,13 @@ from torch import nn
 
 from ddg_gpu.checkpoint import weights_sha256
 from ddg_gpu.data import Batches, Dataset
-from ddg_gpu.distributed import WorkerOutcome, run_processes, run_rank, under_torchrun
+from ddg_gpu.distributed import (
+    WorkerOutcome,
+    finished,
+    run_processes,
+    run_rank,
+    under_torchrun,
+)
 from ddg_gpu.execute import run_serial, timeline
 from ddg_gpu.job import Job, Network, make_stage, network, num_iterations, num_samples
 from ddg_gpu.processes import Progress, keep_freed_memory
@@ -106,7 +112,7 @@ def _train_serial(job: Job, dataset: Dataset, progress: Progress) -> Run:
             stages,
             batches,
             num_iterations(job, batches),
-            on_sample=lambda sample: progress(sample + 1, total),
+            watch=finished(job.stages, lambda done: progress(done, total)),
         )
     losses = tuple(loss for _, loss in sorted(stages[-1].losses.items()))
     accuracy = evaluate(parts.model, dataset)

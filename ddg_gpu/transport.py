@@ -8,8 +8,9 @@ limit, so that a dead or hung neighbour ends the run instead of stopping it for 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -17,12 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddg_gpu.execute import CREDIT_SHAPE
+from ddg_gpu.execute import CREDIT_SHAPE, Value
 from ddg_sim.dependencies import Relation
-from ddg_sim.lowering import Barrier, Instruction, Message, Receive
+from ddg_sim.lowering import Barrier, Message, Receive, channels, slots
 from ddg_sim.schedule import Schedule
 
 _KINDS = (Relation.ACTIVATION, Relation.GRADIENT, Relation.CREDIT)  # of messages between stages
+#: Most tensors of one message.
+MOST_MEMBERS = 16
 Stream = tuple[Relation, int]  # what is received, and by which stage
 
 
@@ -35,41 +38,46 @@ class GlooTransport:
 
     Args:
         schedule: tells which worker holds a stage.
-        program: the worker's instructions once more: its future receives, in order.
-        incoming: ring slots of each stream that this worker receives.
-        outgoing: ring slots of each stream that it sends.
-        shape: shape of an activation's or gradient's tensor (float32).
+        rank: index of this worker, which is its rank in the process group.
+        buffer: makes the empty value that a message is received into.
         timeout: seconds that any wait may last.
     """
 
     def __init__(
-        self,
-        schedule: Schedule,
-        program: Iterable[Instruction],
-        incoming: dict[Stream, int],
-        outgoing: dict[Stream, int],
-        shape: Callable[[Message], torch.Size],
-        timeout: float,
+        self, schedule: Schedule, rank: int, buffer: Callable[[Message], Value], timeout: float
     ) -> None:
         self._rank = {stage: schedule.worker_of(stage) for stage in range(schedule.num_stages)}
-        self._shape = shape
+        self._buffer = buffer
         self._timeout = timedelta(seconds=timeout)
         self._num_stages = schedule.num_stages
-        self._sent: dict[Stream, deque[tuple[Message, Tensor, Any]]] = {}
-        self._outgoing = outgoing
-        self._future: dict[Stream, deque[Message]] = {stream: deque() for stream in incoming}
-        self._upcoming = _receives(program)
-        self._posted: dict[Message, tuple[Tensor, Any]] = {}
-        for stream, count in incoming.items():
-            for _ in range(count):
+        self._incoming: Counter[Stream] = Counter()  # ring slots
+        self._outgoing: Counter[Stream] = Counter()
+        for channel, count in zip(channels(schedule), slots(schedule), strict=True):
+            stream = (channel.relation, channel.target)
+            if channel.dependency.target.worker == rank:
+                self._incoming[stream] += count
+            if channel.dependency.source.worker == rank:
+                self._outgoing[stream] += count
+        self._sent: dict[Stream, deque[_Transfer]] = defaultdict(deque)
+        self._upcoming: deque[Iterator[Message]] = deque()
+        self._future: dict[Stream, deque[Message]] = defaultdict(deque)
+        self._posted: dict[Message, _Transfer] = {}
+        self._arrived: dict[Message, Value] = {}
+
+    def expect(self, messages: Iterator[Message]) -> None:
+        """Say which messages will be received from now on; their receives are posted ahead."""
+        self._upcoming.append(messages)
+        waiting = Counter((message.relation, message.target) for message in self._posted)
+        for stream, count in self._incoming.items():
+            for _ in range(count - waiting[stream]):
                 self._post(stream)
 
     def ready(self, instruction: Receive | Barrier) -> bool:
         """Always: this process holds one worker, which may simply wait."""
         return True
 
-    def send(self, message: Message, tensor: Tensor) -> None:
-        """Start a send; at most as many tensors are kept as the stream has ring slots.
+    def send(self, message: Message, value: Value) -> None:
+        """Start a send; at most as many values are kept as the stream has ring slots.
 
         So a send waits only where the message that used the slot before has not been received,
         which the slots' number rules out in a healthy run. (Asking a gloo send whether it is
@@ -79,23 +87,37 @@ class GlooTransport:
             PeerLostError: if the receiver is gone, or did not take that message within the limit.
         """
         stream = (message.relation, message.target)
-        sent = self._sent.setdefault(stream, deque())
+        sent = self._sent[stream]
         while len(sent) >= self._outgoing[stream]:
-            self._finish(*sent.popleft())
-        tensor = tensor.contiguous()
-        work = dist.isend(tensor, self._rank[message.target], tag=self._tag(message))
-        sent.append((message, tensor, work))
+            self._finish(sent.popleft(), message.target)
+        tensors = [tensor.contiguous() for tensor in _members(value)]
+        sent.append(self._transfer(message, value, tensors, dist.isend, message.target))
 
-    def receive(self, message: Message) -> Tensor:
+    def receive(self, message: Message) -> Value:
         """Wait for a message, and post the receive of the next one of its stream.
 
         Raises:
             PeerLostError: if the sender is gone, or nothing came within the limit.
         """
-        tensor, work = self._posted.pop(message)
-        self._wait(work, f"for {message}", message.source)
-        self._post((message.relation, message.target))
-        return tensor
+        self.peek(message)
+        return self._arrived.pop(message)
+
+    def peek(self, message: Message) -> Value:
+        """Wait for a message; it stays to be received.
+
+        Raises:
+            PeerLostError: if the sender is gone, or nothing came within the limit.
+        """
+        if message not in self._arrived:
+            transfer = self._posted.pop(message)
+            self._wait(transfer, f"for {message}", message.source)
+            self._arrived[message] = transfer.value
+            self._post((message.relation, message.target))
+        return self._arrived[message]
+
+    def preload(self, messages: Mapping[Message, Value]) -> None:
+        """Put messages there that were sent in an earlier process."""
+        self._arrived.update(messages)
 
     def meet(self, barrier: Barrier) -> None:
         """Wait until all workers have come to the barrier."""
@@ -106,49 +128,87 @@ class GlooTransport:
 
     def close(self) -> None:
         """Wait until everything that was sent has been received."""
-        for sent in self._sent.values():
+        for (_, target), sent in self._sent.items():
             while sent:
-                self._finish(*sent.popleft())
+                self._finish(sent.popleft(), target)
 
     @property
     def kept(self) -> dict[Stream, int]:
-        """Sent tensors that are kept now, per stream."""
+        """Sent values that are kept now, per stream."""
         return {stream: len(sent) for stream, sent in self._sent.items()}
 
-    def _finish(self, message: Message, _tensor: Tensor, work: Any) -> None:
-        self._wait(work, f"until {message} was received", message.target)
+    def _finish(self, transfer: _Transfer, target: int) -> None:
+        self._wait(transfer, f"until {transfer.message} was received", target)
 
-    def _wait(self, work: Any, what: str, stage: int) -> None:
+    def _wait(self, transfer: _Transfer, what: str, stage: int) -> None:
         try:
-            work.wait(self._timeout)
+            for work in transfer.works:
+                work.wait(self._timeout)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0].rpartition("] ")[2]  # without gloo's source file
-            raise PeerLostError(
-                f"waited {what}; worker {self._rank[stage]} (stage {stage}) is gone or did not"
-                f" answer within {self._timeout.total_seconds():g} s: {reason}"
-            ) from None
+            raise self._lost(error, f"waited {what}", stage) from None
+
+    def _lost(self, error: RuntimeError, what: str, stage: int) -> PeerLostError:
+        reason = str(error).splitlines()[0].rpartition("] ")[2]  # without gloo's source file
+        return PeerLostError(
+            f"{what}; worker {self._rank[stage]} (stage {stage}) is gone or did not"
+            f" answer within {self._timeout.total_seconds():g} s: {reason}"
+        )
+
+    def _transfer(
+        self, message: Message, value: Value, tensors: list[Tensor], start: Any, stage: int
+    ) -> _Transfer:
+        """Start the transfers of a message's tensors to or from the worker of a stage."""
+        tag = self._tag(message)
+        try:
+            works = [
+                start(tensor, self._rank[stage], tag=tag + index)
+                for index, tensor in enumerate(tensors)
+            ]
+        except RuntimeError as error:  # the connection is known to be broken
+            raise self._lost(error, f"could not start {message}", stage) from None
+        return _Transfer(message, value, tensors, works)
 
     def _post(self, stream: Stream) -> None:
         """Post the next receive of a stream, looking ahead in the program for it."""
         future = self._future[stream]
-        while not future:
-            message = next(self._upcoming, None)
+        while not future and self._upcoming:
+            message = next(self._upcoming[0], None)
             if message is None:
-                return
-            self._future[message.relation, message.target].append(message)
-        message = future.popleft()
-        credit = message.relation is Relation.CREDIT
-        tensor = torch.empty(CREDIT_SHAPE if credit else self._shape(message))
-        work = dist.irecv(tensor, self._rank[message.source], tag=self._tag(message))
-        self._posted[message] = (tensor, work)
+                self._upcoming.popleft()
+            elif message not in self._arrived:
+                self._future[message.relation, message.target].append(message)
+        if future:
+            message = future.popleft()
+            value = (
+                torch.empty(CREDIT_SHAPE)
+                if message.relation is Relation.CREDIT
+                else self._buffer(message)
+            )
+            tensors = list(_members(value))
+            self._posted[message] = self._transfer(
+                message, value, tensors, dist.irecv, message.source
+            )
 
     def _tag(self, message: Message) -> int:
-        """Tells apart all messages between two ranks, which may hold several stages each."""
+        """Tells apart all tensors between two ranks, which may hold several stages each."""
         kind = _KINDS.index(message.relation)
-        return (len(_KINDS) * message.sample + kind) * self._num_stages + message.target
+        sample = message.sample % 2**16  # a tag has 32 bits
+        number = (len(_KINDS) * sample + kind) * self._num_stages + message.target
+        return MOST_MEMBERS * number
 
 
-def _receives(program: Iterable[Instruction]) -> Iterator[Message]:
-    for instruction in program:
-        if isinstance(instruction, Receive):
-            yield instruction.message
+@dataclass(frozen=True, slots=True)
+class _Transfer:
+    """A message on its way; its tensors are kept until it is complete."""
+
+    message: Message
+    value: Value
+    tensors: list[Tensor]
+    works: list[Any]
+
+
+def _members(value: Value) -> tuple[Tensor, ...]:
+    members = value if isinstance(value, tuple) else (value,)
+    if len(members) > MOST_MEMBERS:
+        raise ValueError(f"at most {MOST_MEMBERS} tensors pass between stages, got {len(members)}")
+    return members

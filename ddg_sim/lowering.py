@@ -181,26 +181,67 @@ def instructions(
     Send gradient 1→0 (0)
     Op U1(0)v1@0
     """
+    return chain.from_iterable(instruction_ticks(schedule, worker, iterations, drain))
+
+
+def instruction_ticks(
+    schedule: Schedule, worker: int, iterations: int, drain: bool = True, start: int = 0
+) -> Iterator[tuple[Instruction, ...]]:
+    """The instructions of `instructions`, tick by tick from tick ``start`` on.
+
+    >>> from ddg_sim.methods import ddg
+    >>> for tick in instruction_ticks(ddg(2), 0, iterations=2, start=2):
+    ...     print(*(type(instruction).__name__ for instruction in tick), tick[1])
+    Receive Op Op B0(1)v0@2
+    """
     body = bodies(schedule)[worker]
     rings = slots(schedule)
     barriers = sum(place.barrier is not None for place in body)
-    happens = takes_place(event_graph(schedule), iterations, drain)
-    sent_in = happens[sum(map(len, schedule.workers)) :]  # operations come first, then messages
-    for iteration, tick in enumerate(schedule.ticks(worker, iterations, drain)):
+    sent_in = _sent_in(schedule, iterations, drain)
+    for iteration, tick in enumerate(schedule.ticks(worker, iterations, drain, start), start):
+        found: list[Instruction] = []
         for place, op in zip(body, tick, strict=True):
             for channel in place.incoming:
                 sent = iteration - channel.dependency.tokens
                 if sent in sent_in[channel.number]:
                     message = message_of(schedule, channel, sent)
-                    yield Receive(message, sent % rings[channel.number])
+                    found.append(Receive(message, sent % rings[channel.number]))
             if op is not None:
-                yield op
+                found.append(op)
                 for channel in place.outgoing:
                     if iteration in sent_in[channel.number]:
                         message = message_of(schedule, channel, iteration)
-                        yield Send(message, iteration % rings[channel.number])
+                        found.append(Send(message, iteration % rings[channel.number]))
             if place.barrier is not None:
-                yield Barrier(iteration * barriers + place.barrier)
+                found.append(Barrier(iteration * barriers + place.barrier))
+        yield tuple(found)
+
+
+def _sent_in(schedule: Schedule, iterations: int, drain: bool) -> list[range]:
+    """Per channel, the iterations in which its message is sent."""
+    happens = takes_place(event_graph(schedule), iterations, drain)
+    return happens[sum(map(len, schedule.workers)) :]  # operations come first, then messages
+
+
+def in_flight(
+    schedule: Schedule, worker: int, tick: int, iterations: int, drain: bool = True
+) -> tuple[Message, ...]:
+    """Messages to a worker that were sent before ``tick`` and are received in it or later.
+
+    All workers are thought to stand before that tick, as they do for a checkpoint.
+
+    >>> from ddg_sim.methods import ddg
+    >>> print(*in_flight(ddg(2), 0, tick=3, iterations=10))
+    gradient 1→0 (2)
+    """
+    sent_in = _sent_in(schedule, iterations, drain)
+    return tuple(
+        message_of(schedule, channel, sent)
+        for place in bodies(schedule)[worker]
+        for channel in place.incoming
+        for sent in range(max(0, tick - channel.dependency.tokens), tick)
+        if sent in sent_in[channel.number]
+    )
 
 
 def message_of(schedule: Schedule, channel: Channel, iteration: int) -> Message:

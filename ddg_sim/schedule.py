@@ -256,9 +256,11 @@ class Schedule:
             yield from body
 
     def ticks(
-        self, worker: int, iterations: int, drain: bool = True
+        self, worker: int, iterations: int, drain: bool = True, start: int = 0
     ) -> Iterator[tuple[Op | None, ...]]:
         """Unroll a worker's program tick by tick: per template its Op, or None where skipped.
+
+        The first tick is ``start``.
 
         >>> from ddg_sim.methods import ddg
         >>> for tick in ddg(2).ticks(0, iterations=2):
@@ -270,7 +272,7 @@ class Schedule:
         body, m = self.workers[worker], self.samples_per_iteration
         readings = _readings(self, worker)
         total = iterations * m
-        for iteration in range(self.num_ticks(iterations, drain)):
+        for iteration in range(start, self.num_ticks(iterations, drain)):
             ops: list[Op | None] = []
             for template, reading in zip(body, readings, strict=True):
                 sample = m * iteration + template.sample

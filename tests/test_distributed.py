@@ -54,10 +54,10 @@ def toy_task(
     stage = Stage(module, rank, schedule, OPTIMIZERS[optimizer], head=ToyHead())
     boundaries = toy_boundaries(schedule.num_stages)
 
-    def shape(message: Message) -> torch.Size:
-        return boundaries[min(message.source, message.target)]
+    def buffer(message: Message) -> torch.Tensor:
+        return torch.empty(boundaries[min(message.source, message.target)])
 
-    record = run_stages(schedule, rank, {rank: stage}, Toy(), shape, ITERATIONS, timeout=30)
+    record = run_stages(schedule, rank, {rank: stage}, Toy(), buffer, ITERATIONS, timeout=30)
     return {
         "state": stage.module.state_dict(),
         "spans": [(str(op), start, end) for op, start, end in record.spans],
@@ -72,10 +72,10 @@ def two_stages_per_worker_task(rank: int, given: dict[str, Any], report: Any) ->
     mine = {k: Stage(modules[k], k, schedule, OPTIMIZERS["sgd"]) for k in (rank, rank + 2)}
     boundaries = toy_boundaries(4)
 
-    def shape(message: Message) -> torch.Size:
-        return boundaries[min(message.source, message.target)]
+    def buffer(message: Message) -> torch.Tensor:
+        return torch.empty(boundaries[min(message.source, message.target)])
 
-    run_stages(schedule, rank, mine, Toy(), shape, ITERATIONS, timeout=30)
+    run_stages(schedule, rank, mine, Toy(), buffer, ITERATIONS, timeout=30)
     return {"state": {k: stage.module.state_dict() for k, stage in mine.items()}}
 
 
@@ -111,10 +111,10 @@ def kept_task(rank: int, given: dict[str, Any], report: Any) -> dict[str, Any]:
     stage = Stage(toy_stages(3)[rank], rank, schedule, OPTIMIZERS["sgd"])
     boundaries = toy_boundaries(3)
 
-    def shape(message: Message) -> torch.Size:
-        return boundaries[min(message.source, message.target)]
+    def buffer(message: Message) -> torch.Tensor:
+        return torch.empty(boundaries[min(message.source, message.target)])
 
-    run_stages(schedule, rank, {rank: stage}, Toy(), shape, 40, timeout=30)
+    run_stages(schedule, rank, {rank: stage}, Toy(), buffer, 40, timeout=30)
     return {"kept": kept}
 
 
@@ -227,10 +227,10 @@ def failing_task(how: str, rank: int, given: dict[str, Any], report: Any) -> dic
     stage = Stage(toy_stages(3)[rank], rank, schedule, OPTIMIZERS["sgd"])
     boundaries = toy_boundaries(3)
 
-    def shape(message: Message) -> torch.Size:
-        return boundaries[min(message.source, message.target)]
+    def buffer(message: Message) -> torch.Tensor:
+        return torch.empty(boundaries[min(message.source, message.target)])
 
-    run_stages(schedule, rank, {rank: stage}, Toy(), shape, ITERATIONS, timeout=given["timeout"])
+    run_stages(schedule, rank, {rank: stage}, Toy(), buffer, ITERATIONS, timeout=given["timeout"])
     return {}
 
 
@@ -265,7 +265,13 @@ def broken_data_task(rank: int, given: dict[str, Any], report: Any) -> dict[str,
     stage = Stage(toy_stages(2)[rank], rank, schedule, OPTIMIZERS["sgd"])
     boundaries = toy_boundaries(2)
     run_stages(
-        schedule, rank, {rank: stage}, BrokenAt(), lambda message: boundaries[0], ITERATIONS, 30
+        schedule,
+        rank,
+        {rank: stage},
+        BrokenAt(),
+        lambda message: torch.empty(boundaries[0]),
+        ITERATIONS,
+        30,
     )
     return {}
 
