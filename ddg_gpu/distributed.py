@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddg_gpu.data import Batches, Dataset
-from ddg_gpu.execute import Execution, Record, Samples, Value, Watch
+from ddg_gpu.execute import Execution, Record, Samples, Watch
 from ddg_gpu.job import Job, make_stage, message_buffer, network, num_iterations, num_samples
 from ddg_gpu.processes import Progress, Report, run_together
 from ddg_gpu.stage import Stage
 from ddg_gpu.transport import GlooTransport
+from ddg_gpu.value import Value
 from ddg_sim.lowering import Message
 from ddg_sim.schedule import Op, OpKind, Schedule
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddg_gpu.stage import Stage
+from ddg_gpu.value import Value
 from ddg_sim.dependencies import Relation
 from ddg_sim.lowering import (
     Barrier,
@@ -27,14 +28,10 @@ from ddg_sim.schedule import Op, OpKind, Schedule, ScheduleError
 from ddg_sim.timeline import Timeline, op_span, worker_lane
 
 
-#: What passes between two stages.
-Value = Tensor | tuple[Tensor, ...]
-
-
 class Samples(Protocol):
     """Where the mini-batches come from; sample s must be the same in every process."""
 
-    def inputs(self, sample: int) -> Tensor:
+    def inputs(self, sample: int) -> Value:
         """Inputs of a sample, shape (B, ...)."""
 
     def targets(self, sample: int) -> Tensor:

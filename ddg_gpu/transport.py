@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddg_gpu.execute import CREDIT_SHAPE, Value
+from ddg_gpu.execute import CREDIT_SHAPE
+from ddg_gpu.value import Value
 from ddg_sim.dependencies import Relation
 from ddg_sim.lowering import Barrier, Message, Receive, channels, slots
 from ddg_sim.schedule import Schedule
@@ -90,7 +91,7 @@ class GlooTransport:
         sent = self._sent[stream]
         while len(sent) >= self._outgoing[stream]:
             self._finish(sent.popleft(), message.target)
-        tensors = [tensor.contiguous() for tensor in _members(value)]
+        tensors = [tensor.contiguous() for tensor in members(value)]
         sent.append(self._transfer(message, value, tensors, dist.isend, message.target))
 
     def receive(self, message: Message) -> Value:
@@ -158,6 +159,11 @@ class GlooTransport:
         self, message: Message, value: Value, tensors: list[Tensor], start: Any, stage: int
     ) -> _Transfer:
         """Start the transfers of a message's tensors to or from the worker of a stage."""
+        if len(tensors) > MOST_MEMBERS:
+            raise ValueError(
+                f"at most {MOST_MEMBERS} tensors pass between two stages, {message} has"
+                f" {len(tensors)}"
+            )
         tag = self._tag(message)
         try:
             works = [
@@ -184,7 +190,7 @@ class GlooTransport:
                 if message.relation is Relation.CREDIT
                 else self._buffer(message)
             )
-            tensors = list(_members(value))
+            tensors = list(members(value))
             self._posted[message] = self._transfer(
                 message, value, tensors, dist.irecv, message.source
             )
@@ -205,10 +211,3 @@ class _Transfer:
     value: Value
     tensors: list[Tensor]
     works: list[Any]
-
-
-def _members(value: Value) -> tuple[Tensor, ...]:
-    members = value if isinstance(value, tuple) else (value,)
-    if len(members) > MOST_MEMBERS:
-        raise ValueError(f"at most {MOST_MEMBERS} tensors pass between stages, got {len(members)}")
-    return members
