@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddg_gpu.execute import CREDIT_SHAPE
-from ddg_gpu.value import Value
+from ddg_gpu.value import Value, members
 from ddg_sim.dependencies import Relation
 from ddg_sim.lowering import Barrier, Message, Receive, channels, slots
 from ddg_sim.schedule import Schedule
