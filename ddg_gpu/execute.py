@@ -185,6 +185,11 @@ class Execution:
             self._transport.receive(message)
         self._transport.close()
 
+    @property
+    def fed(self) -> int:
+        """Iterations that were fed."""
+        return min(self.tick, self.iterations)
+
     def messages(self) -> dict[Message, Value]:
         """What was sent to the workers here and not yet received; it stays there to be received."""
         found = {}

@@ -42,14 +42,24 @@ class GlooTransport:
         rank: index of this worker, which is its rank in the process group.
         buffer: makes the empty value that a message is received into.
         timeout: seconds that any wait may last.
+        trusting: whether all processes surely have the same mini-batches. If not, the number of
+            examples goes ahead of each value and is compared, as gloo says nothing of messages that
+            are shorter than was expected, and waits for ever for longer ones. The value itself
+            travels only then.
     """
 
     def __init__(
-        self, schedule: Schedule, rank: int, buffer: Callable[[Message], Value], timeout: float
+        self,
+        schedule: Schedule,
+        rank: int,
+        buffer: Callable[[Message], Value],
+        timeout: float,
+        trusting: bool = True,
     ) -> None:
         self._rank = {stage: schedule.worker_of(stage) for stage in range(schedule.num_stages)}
         self._buffer = buffer
         self._timeout = timedelta(seconds=timeout)
+        self._trusting = trusting
         self._num_stages = schedule.num_stages
         self._incoming: Counter[Stream] = Counter()  # ring slots
         self._outgoing: Counter[Stream] = Counter()
@@ -92,6 +102,8 @@ class GlooTransport:
         while len(sent) >= self._outgoing[stream]:
             self._finish(sent.popleft(), message.target)
         tensors = [tensor.contiguous() for tensor in members(value)]
+        if not self._trusting:
+            tensors.insert(0, torch.tensor([len(tensors[0])]))
         sent.append(self._transfer(message, value, tensors, dist.isend, message.target))
 
     def receive(self, message: Message) -> Value:
@@ -112,6 +124,9 @@ class GlooTransport:
         if message not in self._arrived:
             transfer = self._posted.pop(message)
             self._wait(transfer, f"for {message}", message.source)
+            if not self._trusting:
+                transfer = self._check(transfer)
+                self._wait(transfer, f"for {message}", message.source)
             self._arrived[message] = transfer.value
             self._post((message.relation, message.target))
         return self._arrived[message]
@@ -141,6 +156,17 @@ class GlooTransport:
     def _finish(self, transfer: _Transfer, target: int) -> None:
         self._wait(transfer, f"until {transfer.message} was received", target)
 
+    def _check(self, ahead: _Transfer) -> _Transfer:
+        """Receive the value, if it has as many examples as were expected."""
+        message, tensors = ahead.message, list(members(ahead.value))
+        sent, expected = int(ahead.tensors[0]), len(tensors[0])
+        if sent != expected:
+            raise ValueError(
+                f"{message}: stage {message.source} has {sent} examples, stage {message.target}"
+                f" has {expected}: give all processes the same mini-batches"
+            )
+        return self._transfer(message, ahead.value, tensors, dist.irecv, message.source, 1)
+
     def _wait(self, transfer: _Transfer, what: str, stage: int) -> None:
         try:
             for work in transfer.works:
@@ -156,15 +182,24 @@ class GlooTransport:
         )
 
     def _transfer(
-        self, message: Message, value: Value, tensors: list[Tensor], start: Any, stage: int
+        self,
+        message: Message,
+        value: Value,
+        tensors: list[Tensor],
+        start: Any,
+        stage: int,
+        first: int = 0,
     ) -> _Transfer:
-        """Start the transfers of a message's tensors to or from the worker of a stage."""
+        """Start the transfers of a message's tensors to or from the worker of a stage.
+
+        ``first`` is how many of its tensors have been transferred.
+        """
         if len(tensors) > MOST_MEMBERS:
             raise ValueError(
                 f"at most {MOST_MEMBERS} tensors pass between two stages, {message} has"
                 f" {len(tensors)}"
             )
-        tag = self._tag(message)
+        tag = self._tag(message) + first
         try:
             works = [
                 start(tensor, self._rank[stage], tag=tag + index)
@@ -191,6 +226,8 @@ class GlooTransport:
                 else self._buffer(message)
             )
             tensors = list(members(value))
+            if not self._trusting:
+                tensors = [torch.zeros(1, dtype=torch.long)]
             self._posted[message] = self._transfer(
                 message, value, tensors, dist.irecv, message.source
             )

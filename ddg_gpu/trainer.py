@@ -1,0 +1,356 @@
+"""Decoupled training for a loop of your own: ordinary modules, optimizers and data loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ddg_gpu.boundaries import Boundary, TensorSpec, boundaries
+from ddg_gpu.execute import LocalTransport, Transport, timeline
+from ddg_gpu.session import Session
+from ddg_gpu.stage import Stage
+from ddg_gpu.step import OptimizerFactory
+from ddg_gpu.transport import GlooTransport
+from ddg_gpu.value import Value, members
+from ddg_sim.dependencies import Relation, dependencies
+from ddg_sim.lowering import Message
+from ddg_sim.schedule import Op, OpKind, Schedule, ScheduleError
+from ddg_sim.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A step whose gradients every stage has applied but those that are still on their way.
+
+    Args:
+        step: number of the `Trainer.step` call that fed it, from 0 on.
+        loss: its training loss; the mean over its micro-batches.
+    """
+
+    step: int
+    loss: float
+
+
+class Trainer:
+    """Trains the stages of a network by a schedule.
+
+    Alone, a process runs all stages in turns, which is for trying things out. In a process group of
+    as many processes as the schedule has workers (torchrun), every process runs its own worker;
+    all of them make the same `step` calls, each with at least the data that its stages need.
+
+    Args:
+        schedule: the training method, such as ``ddg(2)`` from `ddg_sim.methods`.
+        modules: the K stages, as from `ddg_gpu.partition.split`; trained in place, on their device.
+        optimizer: makes the optimizer of a list of parameters.
+        loss: of the last stage's outputs and the targets; a scalar tensor.
+        example: inputs of one mini-batch. Several processes need it, to know what will be sent.
+        timeout: seconds that any wait for another process may last.
+        seed: of dropout and other randomness inside the stages.
+        heads: with local losses (DGL), the auxiliary head of every stage but the last.
+        options: further options of `Stage`, such as ``clip_norm`` or ``precision``.
+
+    Raises:
+        ScheduleError: for whatever the schedule asks for that is not implemented.
+        ValueError: if modules and schedule, or processes and schedule, do not fit.
+
+    >>> from ddg_sim.methods import ddg
+    >>> modules = [nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 2))]
+    >>> trainer = Trainer(ddg(2), modules, lambda weights: torch.optim.SGD(weights, lr=0.1))
+    >>> x, y = torch.randn(16, 4), torch.randint(2, (16,))
+    >>> trainer.step(x, y).step
+    0
+    >>> trainer.flush()
+    >>> accuracy = trainer.evaluate([(x, y)])
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        modules: Sequence[nn.Module],
+        optimizer: OptimizerFactory,
+        loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy,
+        *,
+        example: Value | None = None,
+        timeout: float = 120.0,
+        seed: int = 0,
+        heads: Sequence[nn.Module] | None = None,
+        **options: Any,
+    ) -> None:
+        if len(modules) != schedule.num_stages:
+            raise ValueError(
+                f"modules must be {schedule.num_stages}, one per stage of {schedule.method},"
+                f" got {len(modules)}"
+            )
+        if any(edge.tokens < 0 for edge in dependencies(schedule)):
+            raise ScheduleError(
+                f"{schedule.method}: a step of one worker waits for a later step of another:"
+                " number its iterations so that it does not"
+            )
+        workers: Sequence[int] = range(len(schedule.workers))
+        self._connected = dist.is_available() and dist.is_initialized()
+        self._crossing: list[Boundary] = []
+        if self._connected:
+            workers = [_rank(len(workers))]
+            if example is None:
+                raise ValueError("example must be given where several processes train")
+            self._crossing = boundaries(modules, example, options.get("precision"))
+        self.schedule = schedule
+        self.modules = list(modules)
+        self._timeout = timeout
+        self._stages = {
+            index: Stage(
+                module,
+                index,
+                schedule,
+                optimizer,
+                seed,
+                loss,
+                head=None if heads is None or index >= len(heads) else heads[index],
+                **options,
+            )
+            for index, module in enumerate(modules)
+            if schedule.worker_of(index) in workers
+        }
+        self._fed: dict[int, tuple[Value, Any]] = {}
+        self._applied: list[int] = []  # samples of the last stage
+        self._session = Session(
+            schedule, workers, self._stages, self, self._connect, watch=self._watch
+        )
+
+    def step(self, inputs: Value, targets: Any) -> Finished | None:
+        """Feed a mini-batch, and run one iteration of the schedule.
+
+        Where the schedule takes several samples per iteration (micro-batches), the mini-batch is
+        divided into as many parts, as equal as can be.
+
+        Args:
+            inputs: (B, ...) a tensor, or a flat tuple of tensors.
+            targets: (B, ...) a tensor, or a flat tuple of tensors.
+
+        Returns:
+            The mini-batch that the last stage applied in this step: usually an older one. None
+            if there is none yet, and in processes that do not hold the last stage.
+
+        Raises:
+            ValueError: if inputs and targets are not of one batch size, or fewer than the parts.
+            PeerLostError: if another process is gone, or does not answer in time.
+        """
+        parts = self.schedule.samples_per_iteration
+        size = _batch_size(inputs, targets)
+        if size < parts:
+            raise ValueError(f"inputs must have at least {parts} examples, got {size}")
+        divided = zip(_divide(inputs, parts), _divide(targets, parts), strict=True)
+        for number, part in enumerate(divided, self._session.fed):
+            self._fed[number] = part
+        iteration = self._session.iteration
+        self._session.advance(iteration + 1)
+        oldest = (iteration + 1 - self.schedule.num_ticks(0)) * parts
+        for number in [sample for sample in self._fed if sample < oldest]:
+            del self._fed[number]
+        return next(iter(self._finished()), None)
+
+    def flush(self) -> list[Finished]:
+        """Go on until every sample is applied by every stage; the next step begins a new pipeline.
+
+        Returns:
+            The mini-batches that the last stage applied meanwhile.
+
+        Raises:
+            PeerLostError: if another process is gone, or does not answer in time.
+        """
+        self._session.flush()
+        self._fed.clear()
+        return self._finished()
+
+    def evaluate(
+        self,
+        batches: Iterable[tuple[Value, Any]],
+        score: Callable[[Any, Any], float] | None = None,
+    ) -> float:
+        """Mean score over test batches, with the weights of now; samples may be in flight.
+
+        Args:
+            batches: (inputs, targets); with several processes, the same in each of them.
+            score: of outputs and targets, a mean over the batch; by default the fraction of
+                outputs (B, C, ...) whose largest entry along C is the target (B, ...).
+
+        Returns:
+            The mean over all examples, the same in all processes.
+
+        Raises:
+            ValueError: if there are no batches.
+            PeerLostError: if another process is gone, or does not answer in time.
+        """
+        score = score or _accuracy
+        total, count = 0.0, 0
+        with torch.no_grad(), _evaluating(stage.module for stage in self._stages.values()):
+            for inputs, targets in batches:
+                size = _batch_size(inputs, targets)
+                outputs = self._forward(inputs, size)
+                if outputs is not None:
+                    total += size * float(score(outputs, targets))
+                count += size
+        if not count:
+            raise ValueError("batches is empty: there is nothing to evaluate")
+        if self._connected:
+            shared = torch.tensor([total], dtype=torch.float64)
+            dist.broadcast(shared, self.schedule.worker_of(self.schedule.num_stages - 1))
+            total = float(shared)
+        return total / count
+
+    @property
+    def timeline(self) -> Timeline:
+        """What the workers of this process did, and when, since the last flush but one."""
+        spans = self._session.records
+        workers = range(len(self.schedule.workers))
+        return timeline(
+            self.schedule,
+            self._session.length,
+            [spans[worker].spans if worker in spans else () for worker in workers],
+        )
+
+    # What the executor asks for.
+
+    def inputs(self, sample: int) -> Value:
+        """Inputs of a sample that was fed."""
+        return self._fed[sample][0]
+
+    def targets(self, sample: int) -> Any:
+        """Targets of a sample that was fed."""
+        return self._fed[sample][1]
+
+    def _watch(self, op: Op, _seconds: float) -> None:
+        if op.kind is OpKind.UPDATE and op.stage == self.schedule.num_stages - 1:
+            self._applied.append(op.sample)
+
+    def _finished(self) -> list[Finished]:
+        """The steps whose last sample was applied by the last stage, with their losses."""
+        parts = self.schedule.samples_per_iteration
+        losses = self._stages[self.schedule.num_stages - 1].losses if self._applied else {}
+        found = []
+        for last in self._applied:
+            values = [losses.pop(sample) for sample in range(last - parts + 1, last + 1)]
+            found.append(Finished(last // parts, fmean(values)))
+        self._applied.clear()
+        for index, stage in self._stages.items():
+            if index < self.schedule.num_stages - 1:
+                stage.losses.clear()  # local ones
+        return found
+
+    def _connect(self) -> Transport:
+        if not self._connected:
+            return LocalTransport(len(self.schedule.workers))
+        return GlooTransport(
+            self.schedule, dist.get_rank(), self._buffer, self._timeout, trusting=False
+        )
+
+    def _buffer(self, message: Message) -> Value:
+        size = _batch_size(*self._fed[message.sample])
+        boundary = self._crossing[min(message.source, message.target)]
+        return empty(boundary, size, errors=message.relation is Relation.GRADIENT)
+
+    def _forward(self, value: Value | None, size: int) -> Any:
+        """The last stage's outputs in its process, None elsewhere."""
+        for index in range(self.schedule.num_stages):
+            own = index in self._stages
+            if own:
+                value = self.modules[index](value)
+            if not self._connected or index == self.schedule.num_stages - 1:
+                continue
+            source, target = map(self.schedule.worker_of, (index, index + 1))
+            if source == target:
+                continue
+            if own:
+                for tensor in members(value):
+                    dist.send(tensor.contiguous(), target, tag=_EVALUATION)
+                value = None
+            elif index + 1 in self._stages:
+                value = empty(self._crossing[index], size)
+                for tensor in members(value):
+                    dist.recv(tensor, source, tag=_EVALUATION)
+        return value if self.schedule.num_stages - 1 in self._stages else None
+
+
+#: Tag of messages of an evaluation; those of training are below.
+_EVALUATION = 2**31 - 1
+
+
+def empty(boundary: Boundary, size: int, errors: bool = False) -> Value:
+    """An empty value for what crosses a boundary.
+
+    Args:
+        boundary: what crosses it.
+        size: examples in the mini-batch.
+        errors: whether errors cross, which floating-point tensors alone have.
+
+    >>> empty(TensorSpec(torch.Size([3]), torch.float32), 2).shape
+    torch.Size([2, 3])
+    """
+
+    def one(spec: TensorSpec) -> Tensor:
+        return torch.empty(spec.batched(size), dtype=spec.dtype)
+
+    if isinstance(boundary, TensorSpec):
+        return one(boundary)
+    return tuple(one(spec) for spec in boundary if spec.carries_error or not errors)
+
+
+def _rank(workers: int) -> int:
+    """This process's worker.
+
+    Raises:
+        ValueError: if there are more or fewer processes, or no device for their backend.
+    """
+    if dist.get_backend() == "nccl" and not torch.cuda.is_available():
+        raise ValueError(
+            "the process group's backend is nccl, which needs a GPU per process, and there is none"
+            " here: initialise it with gloo"
+        )
+    if dist.get_world_size() != workers:
+        raise ValueError(
+            f"the schedule has {workers} workers, the process group {dist.get_world_size()}"
+            f" processes: start {workers}"
+        )
+    return dist.get_rank()
+
+
+def _batch_size(inputs: Value, targets: Any) -> int:
+    sizes = {len(tensor) for tensor in (*members(inputs), *members(targets))}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"inputs and targets must have one batch size, got {sorted(sizes, reverse=True)}"
+        )
+    return sizes.pop()
+
+
+def _divide(value: Any, parts: int) -> Iterator[Any]:
+    """Parts of a tensor, or of every tensor of a tuple, along the batch."""
+    if parts == 1:
+        return iter([value])
+    if isinstance(value, Tensor):
+        return iter(value.tensor_split(parts))
+    return zip(*(tensor.tensor_split(parts) for tensor in value), strict=True)
+
+
+def _accuracy(outputs: Tensor, targets: Tensor) -> float:
+    return float((outputs.argmax(dim=1) == targets).double().mean())
+
+
+@contextmanager
+def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the modules are in evaluation mode; each submodule gets its own mode back."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
