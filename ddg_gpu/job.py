@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from ddg_sim.methods import Semantics, method
 from ddg_sim.rule import Activations, Gradient
 from ddg_sim.schedule import Schedule, Sync
 
+#: Begins the names of an auxiliary head's parameters.
+HEAD = "head:"
 OPTIMIZERS = ("sgd", "adam")
 LEARNING_RATES = {"sgd": 0.05, "adam": 1e-3}
 
@@ -122,6 +125,31 @@ class Network:
     cuts: tuple[int, ...]
     boundaries: tuple[torch.Size, ...]
     classes: int
+
+    def whole_name(self, stage: int, name: str) -> str:
+        """Name in the whole model of a stage's parameter or buffer; of its head, in no model.
+
+        >>> parts = Network(nn.Sequential(), [], (4,), (), 10)
+        >>> parts.whole_name(1, "0.weight"), parts.own_name(1, "4.weight")
+        ('4.weight', '0.weight')
+        """
+        if name.startswith(HEAD):
+            return f"{HEAD}{stage}:{name.removeprefix(HEAD)}"
+        layer, _, rest = name.partition(".")
+        return f"{int(layer) + (0, *self.cuts)[stage]}.{rest}"
+
+    def own_name(self, stage: int, name: str) -> str:
+        """A stage's name of a parameter or buffer; the reverse of `whole_name`."""
+        if name.startswith(HEAD):
+            return f"{HEAD}{name.split(':', 2)[2]}"
+        layer, _, rest = name.partition(".")
+        return f"{int(layer) - (0, *self.cuts)[stage]}.{rest}"
+
+    def stage_of(self, name: str) -> int:
+        """The stage that holds a parameter or buffer of the whole model."""
+        if name.startswith(HEAD):
+            return int(name.split(":", 2)[1])
+        return bisect_right(self.cuts, int(name.partition(".")[0]))
 
 
 def network(job: Job, dataset: Dataset) -> Network:

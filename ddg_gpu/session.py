@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ddg_gpu.execute import ENDLESS, NOTHING, Before, Execution, Record, Samples, Transport, Watch
 from ddg_gpu.stage import Stage
+from ddg_gpu.state import StageState, Tree
+from ddg_gpu.value import Value, members
+from ddg_sim.dependencies import Relation
+from ddg_sim.lowering import Message
 from ddg_sim.schedule import Schedule
 
 
@@ -51,6 +56,11 @@ class Session:
         return execution.before.samples + execution.fed * self.schedule.samples_per_iteration
 
     @property
+    def begun(self) -> int:
+        """Iterations that were fed before the last flush; all, if nothing was fed since."""
+        return self.iteration if self._flushed else self._execution.before.updates
+
+    @property
     def length(self) -> int:
         """Iterations that were fed since the last flush but for the one that was just done."""
         return self._execution.fed
@@ -87,7 +97,80 @@ class Session:
             self._execution.drain()
             self._flushed = True
 
-    def _begin(self, before: Before, iterations: int) -> Execution:
+    def state(self) -> dict[str, Tree]:
+        """Everything that the stages of this process hold, and where the run is.
+
+        Returns:
+            ``position`` (the same in all processes), and for every stage k here ``stage k``, as
+            plain nested data: see `ddg_gpu.state.flatten`. The tensors are the run's own: copy
+            what is to be kept beyond the next step.
+
+        Raises:
+            PeerLostError: if another process is gone, or does not answer in time.
+        """
+        execution = self._execution
+        messages = {} if self._flushed else execution.messages()
+        found: dict[str, Tree] = {
+            "position": {
+                "before": [execution.before.samples, execution.before.updates],
+                "tick": execution.tick,
+                "fed": execution.fed,
+                "samples": self.fed - execution.before.samples,
+                "flushed": self._flushed,
+            }
+        }
+        for index, stage in self._stages.items():
+            own = stage.state()
+            found[f"stage {index}"] = {
+                "trained": own.trained,
+                "flight": own.flight,
+                "messages": [
+                    [key.relation.value, key.source, key.target, key.sample, _plain(value)]
+                    for key, value in messages.items()
+                    if key.target == index
+                ],
+                "values": [
+                    [relation.value, stage_index, sample, _plain(value)]
+                    for (relation, stage_index, sample), value in execution.values.items()
+                    if stage_index == index
+                ],
+            }
+        return found
+
+    def restore(self, state: Mapping[str, Tree], iterations: int = ENDLESS) -> None:
+        """Go on from what `state` gave, of the same schedule; of a new session only.
+
+        Args:
+            state: of all stages of this process, and the position.
+            iterations: iterations that are fed between the last flush and the next.
+        """
+        position = state["position"]
+        self._execution = self._begin(Before(*position["before"]), iterations, position["tick"])
+        self._flushed = position["flushed"]
+        messages, values = {}, {}
+        for index, stage in self._stages.items():
+            own = state[f"stage {index}"]
+            stage.restore(StageState(own["trained"], own["flight"]))
+            for relation, source, target, sample, value in own["messages"]:
+                messages[Message(Relation(relation), source, target, sample)] = _value(value)
+            for relation, stage_index, sample, value in own["values"]:
+                values[Relation(relation), stage_index, sample] = _value(value)
+        self._execution.restore(messages, values)
+
+    def take_over(self, trained: Mapping[int, Tree], position: Mapping[str, Any]) -> None:
+        """Go on from a flushed run of other stages or by another method; of a new session only.
+
+        Args:
+            trained: per stage here, what `state` gave of its parameters and buffers.
+            position: of the other run.
+        """
+        samples, updates = position["before"]
+        before = Before(samples + position["samples"], updates + position["fed"])
+        for index, stage in self._stages.items():
+            stage.take_over(trained[index], before.updates)
+        self._execution = self._begin(before, ENDLESS)
+
+    def _begin(self, before: Before, iterations: int, start: int = 0) -> Execution:
         return Execution(
             self.schedule,
             self._workers,
@@ -96,5 +179,15 @@ class Session:
             self._connect(),
             iterations,
             before,
+            start,
             watch=self._watch,
         )
+
+
+def _plain(value: Value) -> Tree:
+    return {"tuple": isinstance(value, tuple), "tensors": list(members(value))}
+
+
+def _value(plain: Any) -> Value:
+    tensors = tuple(plain["tensors"])
+    return tensors if plain["tuple"] else tensors[0]

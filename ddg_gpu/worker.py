@@ -1,0 +1,218 @@
+"""What a process does of a job: train its stages, write snapshots, and go on from one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ddg_gpu import snapshots as store
+from ddg_gpu.checkpoint import CheckpointError
+from ddg_gpu.data import Batches, Dataset
+from ddg_gpu.execute import Transport, Watch
+from ddg_gpu.job import Job, Network, make_stage, message_buffer, network, num_iterations
+from ddg_gpu.session import Session
+from ddg_gpu.snapshots import Snapshot, Snapshots
+from ddg_gpu.stage import Stage
+from ddg_gpu.state import Tree, flatten, nest
+from ddg_gpu.value import Value
+from ddg_sim.lowering import Message
+from ddg_sim.schedule import Schedule
+
+#: Makes a transport: from the schedule, and what makes empty values for messages.
+Connect = Callable[[Schedule, Callable[[Message], Value]], Transport]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOutcome:
+    """What a process hands back.
+
+    Args:
+        weights: parameters and buffers of its stages, by their names in the whole model.
+        losses: (sample, loss) of the last stage; empty elsewhere.
+        spans: per worker its (operation as text, start, end), in seconds on this machine's
+            monotonic clock, since the last flush or the beginning of the process.
+        iterations: that were fed since the last flush.
+    """
+
+    weights: dict[str, Tensor]
+    losses: list[tuple[int, float]]
+    spans: dict[int, list[tuple[str, float, float]]]
+    iterations: int
+
+
+def run_workers(
+    job: Job,
+    dataset: Dataset,
+    connect: Connect,
+    workers: Sequence[int] | None = None,
+    watch: Watch = lambda op, seconds: None,
+    snapshots: Snapshots | None = None,
+    start: Path | None = None,
+) -> WorkerOutcome:
+    """Run workers of a job in this process.
+
+    Args:
+        job: what to train; the same in every process.
+        dataset: the data; the same in every process.
+        connect: makes the transport to the other workers.
+        workers: which workers are run here; all of them if None.
+        watch: called after every operation.
+        snapshots: where and when to write snapshots, if at all.
+        start: a snapshot to go on from.
+
+    Raises:
+        PeerLostError: if another worker is gone, or does not answer in time.
+        CheckpointError: if a snapshot cannot be written, or not be read, or is of another run.
+    """
+    schedule = job.schedule()
+    parts = network(job, dataset)
+    batches = Batches(dataset, job.batch_size, job.seed)
+    workers = range(len(schedule.workers)) if workers is None else workers
+    stages = {
+        index: make_stage(job, schedule, parts, index, restorable=snapshots is not None)
+        for index in range(schedule.num_stages)
+        if schedule.worker_of(index) in workers
+    }
+    buffer = message_buffer(parts.boundaries, batches)
+    session = Session(schedule, workers, stages, batches, lambda: connect(schedule, buffer), watch)
+    total = num_iterations(job, batches)
+    about = describe(job, dataset, parts)
+    if start is not None:
+        _restore(session, stages, parts, store.read(start), about, total)
+    while session.iteration < total:
+        stop = total
+        if snapshots is not None:
+            stop = min(total, (session.iteration // snapshots.every + 1) * snapshots.every)
+        if session.iteration == session.begun:
+            flushed_next = snapshots is not None and snapshots.flush
+            session.begin((stop if flushed_next else total) - session.iteration)
+        session.advance(stop)
+        if snapshots is not None:
+            if snapshots.flush:
+                session.flush()
+            tensors, values = _collect(session, parts)
+            store.write(snapshots, stop, tensors, values, about)
+    session.flush()
+    weights = {
+        parts.whole_name(index, name): tensor
+        for index, stage in stages.items()
+        for name, tensor in stage.module.state_dict().items()
+    }
+    losses = [item for k in stages if stages[k].is_last for item in sorted(stages[k].losses.items())]
+    spans = {
+        worker: [(str(op), start, end) for op, start, end in record.spans]
+        for worker, record in session.records.items()
+    }
+    return WorkerOutcome(weights, losses, spans, session.length)
+
+
+def describe(job: Job, dataset: Dataset, parts: Network) -> dict[str, Any]:
+    """What a snapshot and the run that goes on from it must have in common, as plain values.
+
+    >>> from ddg_gpu.data import load
+    >>> job, digits = Job("ddg", 2, "mlp", iterations=1), load("digits")
+    >>> describe(job, digits, network(job, digits))["cuts"]
+    [4]
+    """
+    schedule = job.schedule()
+    return {
+        "model": job.model,
+        "data": dataset.name,
+        "batch_size": job.batch_size,
+        "seed": job.seed,
+        "optimizer": job.optimizer,
+        "learning_rate": job.step_size,
+        "momentum": job.momentum,
+        "weight_decay": job.weight_decay,
+        "schedule": str(schedule),
+        "cuts": list(parts.cuts),
+    }
+
+
+_OF_THE_CUT = ("schedule", "cuts")
+
+
+def _collect(session: Session, parts: Network) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The session's state as flat tensors and plain values; parameters by their whole names."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for key, tree in session.state().items():
+        if key != "position":
+            index = int(key.removeprefix("stage "))
+            tree = {**tree, "trained": _renamed(tree["trained"], partial(parts.whole_name, index))}
+        found, values[key] = flatten(tree, key)
+        tensors |= found
+    return tensors, values
+
+
+def _restore(
+    session: Session,
+    stages: Mapping[int, Stage],
+    parts: Network,
+    snapshot: Snapshot,
+    about: Mapping[str, Any],
+    total: int,
+) -> None:
+    """Go on from a snapshot.
+
+    Raises:
+        CheckpointError: if it is of another run, or of other stages with samples in flight.
+    """
+    for name, own in about.items():
+        found = snapshot.description.get(name)
+        if name not in _OF_THE_CUT and found != own:
+            raise CheckpointError(
+                f"{snapshot.path}: was made with {name} {found!r}, this run has {own!r}"
+            )
+    same = all(snapshot.description.get(name) == about[name] for name in _OF_THE_CUT)
+    position = snapshot.values["position"]
+    if not same and not position["flushed"]:
+        raise CheckpointError(
+            f"{snapshot.path}: has samples in flight on other stages or by another method: go on"
+            " with the same, or write snapshots with --flush"
+        )
+    if snapshot.iteration > total:
+        raise CheckpointError(
+            f"{snapshot.path}: is after iteration {snapshot.iteration}, this run ends with {total}"
+        )
+    every = {int(key.removeprefix("stage ")): key for key in snapshot.values if key != "position"}
+    wanted = {k: every[k] for k in stages} if same else every
+    tensors = snapshot.tensors(lambda name: any(name.startswith(f"{key}/") for key in wanted.values()))
+    state = {key: nest(tensors, snapshot.values[key]) for key in wanted.values()}
+    if same:
+        for index, key in wanted.items():
+            state[key]["trained"] = _renamed(
+                state[key]["trained"], partial(parts.own_name, index)
+            )
+        session.restore({"position": position, **state}, total - sum(position["before"][1:]))
+        return
+    whole: dict[str, dict[str, Any]] = {"parameters": {}, "buffers": {}}
+    for tree in state.values():
+        for part, records in tree["trained"].items():
+            whole[part] |= records
+    session.take_over(
+        {
+            index: {
+                part: {
+                    parts.own_name(index, name): record
+                    for name, record in records.items()
+                    if parts.stage_of(name) == index
+                }
+                for part, records in whole.items()
+            }
+            for index in stages
+        },
+        position,
+    )
+
+
+def _renamed(trained: Tree, rename: Callable[[str], str]) -> Tree:
+    return {
+        part: {rename(name): record for name, record in records.items()}
+        for part, records in trained.items()
+    }
