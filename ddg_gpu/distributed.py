@@ -72,10 +72,8 @@ def run_worker(
     record = run_stages(schedule, rank, stages, batches, buffer, iterations, timeout, watch)
     weights = {
         name: tensor
-        for index, stage in stages.items()
-        for name, tensor in _whole_model_names(
-            stage.module.state_dict(), first_layer=(0, *parts.cuts)[index]
-        ).items()
+        for stage in stages.values()
+        for name, tensor in stage.module.state_dict().items()
     }
     last = (stage for stage in stages.values() if stage.is_last)
     losses = [item for stage in last for item in sorted(stage.losses.items())]
@@ -114,14 +112,6 @@ def run_stages(
     dist.barrier()  # start together, so that loading is not mistaken for waiting
     execution.drain()
     return execution.records[rank]
-
-
-def _whole_model_names(state: dict[str, Tensor], first_layer: int) -> dict[str, Tensor]:
-    """Rename ``0.weight`` of a stage to ``7.weight`` if the stage begins at the model's layer 7."""
-    split = {name: name.split(".", 1) for name in state}
-    return {
-        f"{int(layer) + first_layer}.{rest}": state[name] for name, (layer, rest) in split.items()
-    }
 
 
 def run_processes(

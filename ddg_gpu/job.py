@@ -121,7 +121,7 @@ class Network:
     """
 
     model: nn.Sequential
-    modules: list[nn.Sequential]
+    modules: list[nn.Module]
     cuts: tuple[int, ...]
     boundaries: tuple[torch.Size, ...]
     classes: int
@@ -171,7 +171,7 @@ def network(job: Job, dataset: Dataset) -> Network:
                 f" {'index' if job.stages == 2 else 'indices'} for stages {job.stages},"
                 f" got {list(cuts)}"
             )
-    modules = split(model, cuts)
+    modules = split(model, job.stages, by=cuts)
     if job.load is not None:
         checkpoint.load_into(model, job.load)
     return Network(model, modules, cuts, _boundaries(model, cuts, example), dataset.classes)

@@ -157,7 +157,7 @@ def _stage_profile(
     }
     module = parts.modules[index]
     return StageProfile(
-        layers=[type(layer).__name__ for layer in module],
+        layers=[type(layer).__name__ for layer in module.children()],
         samples=samples,
         forward=median(times[OpKind.FORWARD]),
         backward=median(times[OpKind.BACKWARD]),
