@@ -7,79 +7,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from ddg_gpu import snapshots as store
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.execute import Execution, Record, Samples, Watch
-from ddg_gpu.job import Job, make_stage, message_buffer, network, num_iterations, num_samples
-from ddg_gpu.processes import Progress, Report, run_together
+from ddg_gpu.job import Job, num_samples
+from ddg_gpu.processes import Progress, Report, WorkerError, run_together
+from ddg_gpu.snapshots import Snapshots
 from ddg_gpu.stage import Stage
 from ddg_gpu.transport import GlooTransport
 from ddg_gpu.value import Value
+from ddg_gpu.worker import Connect, WorkerOutcome, run_workers
 from ddg_sim.lowering import Message
 from ddg_sim.schedule import Op, OpKind, Schedule
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerOutcome:
-    """What a worker hands back.
+def connection(rank: int, timeout: float) -> Connect:
+    """Makes the transport of the worker with that rank; all processes must make theirs now."""
 
-    Args:
-        weights: parameters and buffers of its stages, by their names in the whole model.
-        losses: (sample, loss) of the last stage; empty elsewhere.
-        spans: (operation as text, start, end), seconds on this machine's monotonic clock.
-    """
+    def connect(schedule: Schedule, buffer: Callable[[Message], Value]) -> GlooTransport:
+        transport = GlooTransport(schedule, rank, buffer, timeout)
+        dist.barrier()  # start together, so that loading is not mistaken for waiting
+        return transport
 
-    weights: dict[str, Tensor]
-    losses: list[tuple[int, float]]
-    spans: list[tuple[str, float, float]]
-
-
-def run_worker(
-    job: Job,
-    dataset: Dataset,
-    rank: int,
-    timeout: float,
-    watch: Watch = lambda op, seconds: None,
-) -> WorkerOutcome:
-    """Run one worker of a job; the process group must exist, with one rank per worker.
-
-    Args:
-        job: what to train; the same in every process.
-        dataset: the data; the same in every process.
-        rank: index of this worker.
-        timeout: seconds that any wait for another worker may last.
-        watch: called after every operation.
-    """
-    torch.set_num_threads(1)  # other thread counts give other bits
-    schedule = job.schedule()
-    parts = network(job, dataset)
-    batches = Batches(dataset, job.batch_size, job.seed)
-    stages = {
-        index: make_stage(job, schedule, parts, index)
-        for index in range(schedule.num_stages)
-        if schedule.worker_of(index) == rank
-    }
-    buffer = message_buffer(parts.boundaries, batches)
-    iterations = num_iterations(job, batches)
-    record = run_stages(schedule, rank, stages, batches, buffer, iterations, timeout, watch)
-    weights = {
-        name: tensor
-        for stage in stages.values()
-        for name, tensor in stage.module.state_dict().items()
-    }
-    last = (stage for stage in stages.values() if stage.is_last)
-    losses = [item for stage in last for item in sorted(stage.losses.items())]
-    return WorkerOutcome(
-        weights, losses, [(str(op), start, end) for op, start, end in record.spans]
-    )
+    return connect
 
 
 def run_stages(
@@ -120,6 +79,10 @@ def run_processes(
     timeout: float = 120.0,
     port: int | None = None,
     progress: Progress = lambda done, total: None,
+    snapshots: Snapshots | None = None,
+    start: Path | None = None,
+    restarts: int = 0,
+    on_restart: Callable[[str], None] = lambda why: None,
 ) -> list[WorkerOutcome]:
     """Run a job in one new process per worker on this machine.
 
@@ -129,26 +92,41 @@ def run_processes(
         timeout: seconds that any wait for another worker may last.
         port: TCP port on which the workers meet; None takes a free one.
         progress: called with (samples finished, samples in all) about twice a second.
+        snapshots: where and when to write snapshots, if at all.
+        start: a snapshot to go on from.
+        restarts: how many times to go on from the newest snapshot, with new processes, after a
+            worker has failed.
+        on_restart: told, before each of these, why.
 
     Raises:
         ValueError: if the port cannot be used.
         WorkerError: naming the first worker that failed, and why.
     """
-    given = {
-        "dataset": dataset_values(dataset),
-        "timeout": timeout,
-    }
     total = num_samples(job, Batches(dataset, job.batch_size, job.seed))
-    results = run_together(
-        partial(_task, job),
-        len(job.schedule().workers),
-        given,
-        timeout=timeout,
-        port=port,
-        steps=total,
-        progress=progress,
-    )
-    return [WorkerOutcome(**result) for result in results]
+    while True:
+        given = {
+            "dataset": dataset_values(dataset),
+            "timeout": timeout,
+            "start": None if start is None else str(start),
+        }
+        try:
+            results = run_together(
+                partial(_task, job, snapshots),
+                len(job.schedule().workers),
+                given,
+                timeout=timeout,
+                port=port,
+                steps=total,
+                progress=progress,
+            )
+        except WorkerError as error:
+            if restarts == 0 or snapshots is None:
+                raise
+            restarts -= 1
+            start = store.newest(snapshots.folder) or start
+            on_restart(f"{error}; going on from {start or 'the beginning'}")
+            continue
+        return [WorkerOutcome(**result) for result in results]
 
 
 def dataset_values(dataset: Dataset) -> dict[str, Any]:
@@ -161,9 +139,19 @@ def dataset_values(dataset: Dataset) -> dict[str, Any]:
     return {field.name: getattr(dataset, field.name) for field in fields(dataset)}
 
 
-def _task(job: Job, rank: int, given: dict[str, Any], report: Report) -> dict[str, Any]:
-    dataset = Dataset(**given["dataset"])
-    outcome = run_worker(job, dataset, rank, given["timeout"], finished(job.stages, report))
+def _task(
+    job: Job, snapshots: Snapshots | None, rank: int, given: dict[str, Any], report: Report
+) -> dict[str, Any]:
+    torch.set_num_threads(1)  # other thread counts give other bits
+    outcome = run_workers(
+        job,
+        Dataset(**given["dataset"]),
+        connection(rank, given["timeout"]),
+        [rank],
+        finished(job.stages, report),
+        snapshots,
+        None if given["start"] is None else Path(given["start"]),
+    )
     # Not asdict, which would copy every tensor.
     return {field.name: getattr(outcome, field.name) for field in fields(outcome)}
 
@@ -192,8 +180,30 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def run_rank(job: Job, dataset: Dataset, timeout: float) -> list[WorkerOutcome] | None:
+def restarted() -> bool:
+    """Whether torchrun started this process after others had failed.
+
+    >>> restarted()
+    False
+    """
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def run_rank(
+    job: Job,
+    dataset: Dataset,
+    timeout: float,
+    snapshots: Snapshots | None = None,
+    start: Path | None = None,
+) -> list[WorkerOutcome] | None:
     """Run this process's worker under torchrun; rank 0 gets the outcomes of all, others None.
+
+    Args:
+        job: what to train.
+        dataset: the data.
+        timeout: seconds that any wait for another worker may last.
+        snapshots: where and when to write snapshots, if at all; all processes must see the folder.
+        start: a snapshot to go on from.
 
     Raises:
         ValueError: if torchrun started another number of processes than the job has workers.
@@ -204,10 +214,13 @@ def run_rank(job: Job, dataset: Dataset, timeout: float) -> list[WorkerOutcome] 
             f"stages {job.stages} needs {workers} processes, torchrun started {started}:"
             f" use --nproc-per-node {workers}"
         )
+    torch.set_num_threads(1)  # other thread counts give other bits
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     try:
         rank = dist.get_rank()
-        outcome = run_worker(job, dataset, rank, timeout)
+        outcome = run_workers(
+            job, dataset, connection(rank, timeout), [rank], snapshots=snapshots, start=start
+        )
         gathered: list[WorkerOutcome] | None = [outcome] * workers if rank == 0 else None
         dist.gather_object(outcome, gathered)
         return gathered

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,17 +12,15 @@ import torch
 from torch import nn
 
 from ddg_gpu import checkpoint, models
+from ddg_gpu.boundaries import Boundary, TensorSpec, boundaries
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.partition import balanced_cuts, layer_costs, split
 from ddg_gpu.stage import Stage
 from ddg_gpu.step import OptimizerFactory
-from ddg_sim.lowering import Message
 from ddg_sim.methods import Semantics, method
 from ddg_sim.rule import Activations, Gradient
-from ddg_sim.schedule import Schedule, Sync
+from ddg_sim.schedule import Schedule, ScheduleError, Sync
 
-#: Begins the names of an auxiliary head's parameters.
-HEAD = "head:"
 OPTIMIZERS = ("sgd", "adam")
 LEARNING_RATES = {"sgd": 0.05, "adam": 1e-3}
 
@@ -116,40 +113,15 @@ class Network:
 
     Args:
         modules: the stages, sharing their parameters with ``model``.
-        boundaries: shape of one example's activation after each stage but the last.
+        boundaries: what every stage but the last hands on.
         classes: number of the model's outputs.
     """
 
     model: nn.Sequential
     modules: list[nn.Module]
     cuts: tuple[int, ...]
-    boundaries: tuple[torch.Size, ...]
+    boundaries: tuple[Boundary, ...]
     classes: int
-
-    def whole_name(self, stage: int, name: str) -> str:
-        """Name in the whole model of a stage's parameter or buffer; of its head, in no model.
-
-        >>> parts = Network(nn.Sequential(), [], (4,), (), 10)
-        >>> parts.whole_name(1, "0.weight"), parts.own_name(1, "4.weight")
-        ('4.weight', '0.weight')
-        """
-        if name.startswith(HEAD):
-            return f"{HEAD}{stage}:{name.removeprefix(HEAD)}"
-        layer, _, rest = name.partition(".")
-        return f"{int(layer) + (0, *self.cuts)[stage]}.{rest}"
-
-    def own_name(self, stage: int, name: str) -> str:
-        """A stage's name of a parameter or buffer; the reverse of `whole_name`."""
-        if name.startswith(HEAD):
-            return f"{HEAD}{name.split(':', 2)[2]}"
-        layer, _, rest = name.partition(".")
-        return f"{int(layer) - (0, *self.cuts)[stage]}.{rest}"
-
-    def stage_of(self, name: str) -> int:
-        """The stage that holds a parameter or buffer of the whole model."""
-        if name.startswith(HEAD):
-            return int(name.split(":", 2)[1])
-        return bisect_right(self.cuts, int(name.partition(".")[0]))
 
 
 def network(job: Job, dataset: Dataset) -> Network:
@@ -174,21 +146,8 @@ def network(job: Job, dataset: Dataset) -> Network:
     modules = split(model, job.stages, by=cuts)
     if job.load is not None:
         checkpoint.load_into(model, job.load)
-    return Network(model, modules, cuts, _boundaries(model, cuts, example), dataset.classes)
-
-
-def _boundaries(
-    model: nn.Sequential, cuts: Sequence[int], example: torch.Tensor
-) -> tuple[torch.Size, ...]:
-    shapes = []
-    model.eval()  # a dry run must not move batch-norm statistics
-    with torch.no_grad():
-        for index, layer in enumerate(model, start=1):
-            example = layer(example)
-            if index in cuts:
-                shapes.append(example.shape[1:])
-    model.train()
-    return tuple(shapes)
+    crossing = tuple(boundaries(modules, example))
+    return Network(model, modules, cuts, crossing, dataset.classes)
 
 
 def num_iterations(job: Job, batches: Batches) -> int:
@@ -245,17 +204,8 @@ def make_stage(job: Job, schedule: Schedule, parts: Network, index: int) -> Stag
     head = None
     if schedule.rule.gradient is Gradient.LOCAL and index < len(parts.boundaries):
         seed = int(np.random.SeedSequence((job.seed, index)).generate_state(1)[0])
-        head = models.head(parts.boundaries[index], parts.classes, seed)
+        boundary = parts.boundaries[index]
+        if not isinstance(boundary, TensorSpec):
+            raise ScheduleError(f"stage {index}: an auxiliary head takes one tensor, not a tuple")
+        head = models.head(boundary.shape, parts.classes, seed)
     return Stage(parts.modules[index], index, schedule, optimizer_factory(job), job.seed, head=head)
-
-
-def message_buffer(
-    boundaries: Sequence[torch.Size], batches: Batches
-) -> Callable[[Message], torch.Tensor]:
-    """Makes empty tensors for messages: shaped as the activation at the boundary they cross."""
-
-    def buffer(message: Message) -> torch.Tensor:
-        boundary = boundaries[min(message.source, message.target)]
-        return torch.empty((batches.size(message.sample), *boundary))
-
-    return buffer

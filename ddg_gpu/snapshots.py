@@ -24,9 +24,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ddg_gpu.checkpoint import CheckpointError
 from ddg_sim.files import replacing
@@ -99,7 +101,7 @@ def write(
         own = {"values": dict(values), "tensors": {k: _layout(v) for k, v in tensors.items()}}
         (partial / f"process-{rank}.json").write_text(json.dumps(own))
         with warnings.catch_warnings(action="ignore"):  # that there is a single process
-            dcp.save(dict(tensors), checkpoint_id=partial, no_dist=not together)
+            save(dict(tensors), checkpoint_id=partial, no_dist=not together)
         if rank == 0:
             manifest = {
                 "format": FORMAT,
@@ -116,7 +118,7 @@ def write(
                 shutil.rmtree(old, ignore_errors=True)
         if together:
             dist.barrier()
-    except (OSError, dcp.api.CheckpointException) as error:
+    except (OSError, CheckpointException) as error:
         reason = error.strerror if isinstance(error, OSError) else _reason(error)
         raise CheckpointError(f"{path}: cannot be written: {reason}") from None
     finally:
@@ -164,7 +166,7 @@ class Snapshot:
         }
         try:
             with warnings.catch_warnings(action="ignore"):  # that there is a single process
-                dcp.load(found, checkpoint_id=self.path, no_dist=True)
+                load(found, checkpoint_id=self.path, no_dist=True)
         except Exception as error:  # torch raises many types for files it cannot read
             raise CheckpointError(f"{self.path}: cannot be read: {_reason(error)}") from None
         return found

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ddg_gpu.checkpoint import weights_sha256
 from ddg_gpu.data import Batches, Dataset
-from ddg_gpu.distributed import (
-    WorkerOutcome,
-    finished,
-    run_processes,
-    run_rank,
-    under_torchrun,
-)
-from ddg_gpu.execute import run_serial, timeline
-from ddg_gpu.job import Job, Network, make_stage, network, num_iterations, num_samples
+from ddg_gpu.distributed import finished, restarted, run_processes, run_rank, under_torchrun
+from ddg_gpu.execute import LocalTransport, timeline
+from ddg_gpu.job import Job, make_stage, network, num_samples
 from ddg_gpu.processes import Progress, keep_freed_memory
-from ddg_gpu.stage import Stage
+from ddg_gpu.snapshots import Snapshots, newest
+from ddg_gpu.worker import WorkerOutcome, run_workers
 from ddg_sim.notation import parse_op
 from ddg_sim.timeline import Timeline
 
@@ -64,6 +60,10 @@ def train(
     timeout: float = 120.0,
     port: int | None = None,
     progress: Progress = lambda done, total: None,
+    snapshots: Snapshots | None = None,
+    resume: bool = False,
+    restarts: int = 0,
+    on_restart: Callable[[str], None] = lambda why: None,
 ) -> Run | None:
     """Train a network; every sample that is fed is also applied, by every stage.
 
@@ -74,6 +74,12 @@ def train(
         timeout: seconds that a worker may wait for another.
         port: TCP port on which distributed workers meet; None takes a free one.
         progress: called with (samples finished, samples in all).
+        snapshots: where and when to write snapshots, if at all.
+        resume: whether to go on from the newest snapshot there, if there is one. Processes that
+            torchrun has restarted do so in any case.
+        restarts: how often a distributed run may go on from its newest snapshot, with new
+            processes, after a worker has failed. torchrun has a count of its own.
+        on_restart: told, before each of these, why.
 
     Returns:
         The run; under torchrun only on rank 0, None elsewhere.
@@ -93,52 +99,63 @@ def train(
         raise ValueError(
             f"timeout must be within {MIN_TIMEOUT:g} and {MAX_TIMEOUT:g} seconds, got {timeout}"
         )
+    start = None if snapshots is None else _start(snapshots, resume)
     if executor == "serial":
-        return _train_serial(job, dataset, progress)
-    _stages(job, dataset)  # a wrong argument shows here, not in K processes
+        total = num_samples(job, Batches(dataset, job.batch_size, job.seed))
+        with one_thread():
+            outcome = run_workers(
+                job,
+                dataset,
+                lambda schedule, _: LocalTransport(len(schedule.workers)),
+                watch=finished(job.stages, lambda done: progress(done, total)),
+                snapshots=snapshots,
+                start=start,
+            )
+        return _assemble(job, dataset, [outcome])
+    _check(job, dataset)  # a wrong argument shows here, not in K processes
     if under_torchrun():
-        outcomes = run_rank(job, dataset, timeout)
+        outcomes = run_rank(job, dataset, timeout, snapshots, start)
         return None if outcomes is None else _assemble(job, dataset, outcomes)
-    return _assemble(job, dataset, run_processes(job, dataset, timeout, port, progress))
+    outcomes = run_processes(
+        job, dataset, timeout, port, progress, snapshots, start, restarts, on_restart
+    )
+    return _assemble(job, dataset, outcomes)
 
 
-def _train_serial(job: Job, dataset: Dataset, progress: Progress) -> Run:
-    parts, stages = _stages(job, dataset)
-    batches = Batches(dataset, job.batch_size, job.seed)
-    total = num_samples(job, batches)
-    with one_thread():
-        measured = run_serial(
-            job.schedule(),
-            stages,
-            batches,
-            num_iterations(job, batches),
-            watch=finished(job.stages, lambda done: progress(done, total)),
+def _start(snapshots: Snapshots, resume: bool) -> Path | None:
+    """The snapshot to go on from.
+
+    Raises:
+        ValueError: if there are some, and nobody said to go on from them.
+    """
+    found = newest(snapshots.folder)
+    if found is not None and not (resume or restarted()):
+        raise ValueError(
+            f"folder {snapshots.folder} holds snapshots of a run: resume it, or name another folder"
         )
-    losses = tuple(loss for _, loss in sorted(stages[-1].losses.items()))
-    accuracy = evaluate(parts.model, dataset)
-    return Run(job, parts.model, losses, accuracy, measured, parts.cuts)
+    return found
 
 
-def _stages(job: Job, dataset: Dataset) -> tuple[Network, list[Stage]]:
-    """The network and its trainable stages, after all checks of the job."""
+def _check(job: Job, dataset: Dataset) -> None:
+    """Make all checks of the job, on the way to its stages."""
     num_samples(job, Batches(dataset, job.batch_size, job.seed))
     schedule, parts = job.schedule(), network(job, dataset)
-    return parts, [make_stage(job, schedule, parts, k) for k in range(job.stages)]
+    for index in range(job.stages):
+        make_stage(job, schedule, parts, index)
 
 
 def _assemble(job: Job, dataset: Dataset, outcomes: Sequence[WorkerOutcome]) -> Run:
-    """The whole model again, from what the workers hand back."""
+    """The whole model again, from what the processes hand back."""
     parts = network(replace(job, load=None), dataset)  # that file may be another by now
     parts.model.load_state_dict(
         {name: tensor for outcome in outcomes for name, tensor in outcome.weights.items()}
     )
-    total = num_iterations(job, Batches(dataset, job.batch_size, job.seed))
-    spans = [
-        [(parse_op(text), start, end) for text, start, end in outcome.spans] for outcome in outcomes
-    ]
+    workers = range(len(job.schedule().workers))
+    spans = {worker: spans for outcome in outcomes for worker, spans in outcome.spans.items()}
+    parsed = [[(parse_op(text), start, end) for text, start, end in spans[w]] for w in workers]
     losses = tuple(loss for outcome in outcomes for _, loss in outcome.losses)
     accuracy = evaluate(parts.model, dataset)
-    measured = timeline(job.schedule(), total, spans)
+    measured = timeline(job.schedule(), outcomes[0].iterations, parsed)
     return Run(job, parts.model, losses, accuracy, measured, parts.cuts)
 
 

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddg_gpu.boundaries import Boundary, TensorSpec, boundaries
+from ddg_gpu.boundaries import Boundary, boundaries
 from ddg_gpu.execute import LocalTransport, Transport, timeline
+from ddg_gpu.messages import message_buffer
 from ddg_gpu.session import Session
 from ddg_gpu.stage import Stage
 from ddg_gpu.step import OptimizerFactory
@@ -247,14 +248,10 @@ class Trainer:
     def _connect(self) -> Transport:
         if not self._connected:
             return LocalTransport(len(self.schedule.workers))
-        return GlooTransport(
-            self.schedule, dist.get_rank(), self._buffer, self._timeout, trusting=False
+        buffer = message_buffer(
+            self.schedule, self._crossing, lambda sample: _batch_size(*self._fed[sample])
         )
-
-    def _buffer(self, message: Message) -> Value:
-        size = _batch_size(*self._fed[message.sample])
-        boundary = self._crossing[min(message.source, message.target)]
-        return empty(boundary, size, errors=message.relation is Relation.GRADIENT)
+        return GlooTransport(self.schedule, dist.get_rank(), buffer, self._timeout, trusting=False)
 
     def _forward(self, value: Value | None, size: int) -> Any:
         """The last stage's outputs in its process, None elsewhere."""
@@ -272,7 +269,8 @@ class Trainer:
                     dist.send(tensor.contiguous(), target, tag=_EVALUATION)
                 value = None
             elif index + 1 in self._stages:
-                value = empty(self._crossing[index], size)
+                crossing = Message(Relation.ACTIVATION, index, index + 1, 0)
+                value = message_buffer(self.schedule, self._crossing, lambda _: size)(crossing)
                 for tensor in members(value):
                     dist.recv(tensor, source, tag=_EVALUATION)
         return value if self.schedule.num_stages - 1 in self._stages else None
@@ -280,26 +278,6 @@ class Trainer:
 
 #: Tag of messages of an evaluation; those of training are below.
 _EVALUATION = 2**31 - 1
-
-
-def empty(boundary: Boundary, size: int, errors: bool = False) -> Value:
-    """An empty value for what crosses a boundary.
-
-    Args:
-        boundary: what crosses it.
-        size: examples in the mini-batch.
-        errors: whether errors cross, which floating-point tensors alone have.
-
-    >>> empty(TensorSpec(torch.Size([3]), torch.float32), 2).shape
-    torch.Size([2, 3])
-    """
-
-    def one(spec: TensorSpec) -> Tensor:
-        return torch.empty(spec.batched(size), dtype=spec.dtype)
-
-    if isinstance(boundary, TensorSpec):
-        return one(boundary)
-    return tuple(one(spec) for spec in boundary if spec.carries_error or not errors)
 
 
 def _rank(workers: int) -> int:

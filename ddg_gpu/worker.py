@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from ddg_gpu import snapshots as store
 from ddg_gpu.checkpoint import CheckpointError
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.execute import Transport, Watch
-from ddg_gpu.job import Job, Network, make_stage, message_buffer, network, num_iterations
+from ddg_gpu.job import Job, Network, make_stage, network, num_iterations
+from ddg_gpu.messages import message_buffer
 from ddg_gpu.session import Session
 from ddg_gpu.snapshots import Snapshot, Snapshots
 from ddg_gpu.stage import Stage
@@ -78,12 +78,12 @@ def run_workers(
         for index in range(schedule.num_stages)
         if schedule.worker_of(index) in workers
     }
-    buffer = message_buffer(parts.boundaries, batches)
+    buffer = message_buffer(schedule, parts.boundaries, batches.size)
     session = Session(schedule, workers, stages, batches, lambda: connect(schedule, buffer), watch)
     total = num_iterations(job, batches)
     about = describe(job, dataset, parts)
     if start is not None:
-        _restore(session, stages, parts, store.read(start), about, total)
+        _restore(session, stages, store.read(start), about, total)
     while session.iteration < total:
         stop = total
         if snapshots is not None:
@@ -95,15 +95,17 @@ def run_workers(
         if snapshots is not None:
             if snapshots.flush:
                 session.flush()
-            tensors, values = _collect(session, parts)
+            tensors, values = _collect(session)
             store.write(snapshots, stop, tensors, values, about)
     session.flush()
     weights = {
-        parts.whole_name(index, name): tensor
-        for index, stage in stages.items()
+        name: tensor
+        for stage in stages.values()
         for name, tensor in stage.module.state_dict().items()
     }
-    losses = [item for k in stages if stages[k].is_last for item in sorted(stages[k].losses.items())]
+    losses = [
+        item for k in stages if stages[k].is_last for item in sorted(stages[k].losses.items())
+    ]
     spans = {
         worker: [(str(op), start, end) for op, start, end in record.spans]
         for worker, record in session.records.items()
@@ -137,14 +139,11 @@ def describe(job: Job, dataset: Dataset, parts: Network) -> dict[str, Any]:
 _OF_THE_CUT = ("schedule", "cuts")
 
 
-def _collect(session: Session, parts: Network) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The session's state as flat tensors and plain values; parameters by their whole names."""
+def _collect(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The session's state as flat tensors and plain values."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for key, tree in session.state().items():
-        if key != "position":
-            index = int(key.removeprefix("stage "))
-            tree = {**tree, "trained": _renamed(tree["trained"], partial(parts.whole_name, index))}
         found, values[key] = flatten(tree, key)
         tensors |= found
     return tensors, values
@@ -153,7 +152,6 @@ def _collect(session: Session, parts: Network) -> tuple[dict[str, Tensor], dict[
 def _restore(
     session: Session,
     stages: Mapping[int, Stage],
-    parts: Network,
     snapshot: Snapshot,
     about: Mapping[str, Any],
     total: int,
@@ -169,50 +167,39 @@ def _restore(
             raise CheckpointError(
                 f"{snapshot.path}: was made with {name} {found!r}, this run has {own!r}"
             )
-    same = all(snapshot.description.get(name) == about[name] for name in _OF_THE_CUT)
-    position = snapshot.values["position"]
-    if not same and not position["flushed"]:
-        raise CheckpointError(
-            f"{snapshot.path}: has samples in flight on other stages or by another method: go on"
-            " with the same, or write snapshots with --flush"
-        )
     if snapshot.iteration > total:
         raise CheckpointError(
             f"{snapshot.path}: is after iteration {snapshot.iteration}, this run ends with {total}"
         )
-    every = {int(key.removeprefix("stage ")): key for key in snapshot.values if key != "position"}
-    wanted = {k: every[k] for k in stages} if same else every
-    tensors = snapshot.tensors(lambda name: any(name.startswith(f"{key}/") for key in wanted.values()))
-    state = {key: nest(tensors, snapshot.values[key]) for key in wanted.values()}
-    if same:
-        for index, key in wanted.items():
-            state[key]["trained"] = _renamed(
-                state[key]["trained"], partial(parts.own_name, index)
-            )
-        session.restore({"position": position, **state}, total - sum(position["before"][1:]))
+    position = snapshot.values["position"]
+    if all(snapshot.description.get(name) == about[name] for name in _OF_THE_CUT):
+        state = _trees(snapshot, [f"stage {index}" for index in stages])
+        session.restore({"position": position, **state}, total - position["before"][1])
         return
-    whole: dict[str, dict[str, Any]] = {"parameters": {}, "buffers": {}}
-    for tree in state.values():
+    if not position["flushed"]:
+        raise CheckpointError(
+            f"{snapshot.path}: has samples in flight on other stages or by another method: go on"
+            " with the same, or write snapshots with --flush"
+        )
+    parts: dict[str, dict[str, Any]] = {"parameters": {}, "buffers": {}}
+    for tree in _trees(snapshot, [key for key in snapshot.values if key != "position"]).values():
         for part, records in tree["trained"].items():
-            whole[part] |= records
-    session.take_over(
-        {
-            index: {
-                part: {
-                    parts.own_name(index, name): record
-                    for name, record in records.items()
-                    if parts.stage_of(name) == index
-                }
-                for part, records in whole.items()
+            parts[part] |= records
+    # What is new, such as an auxiliary head, starts as it is.
+    trained = {
+        index: {
+            part: {
+                name: own if name.startswith("head:") else parts[part].get(name, own)
+                for name, own in records.items()
             }
-            for index in stages
-        },
-        position,
-    )
-
-
-def _renamed(trained: Tree, rename: Callable[[str], str]) -> Tree:
-    return {
-        part: {rename(name): record for name, record in records.items()}
-        for part, records in trained.items()
+            for part, records in stage.state().trained.items()
+        }
+        for index, stage in stages.items()
     }
+    session.take_over(trained, position)
+
+
+def _trees(snapshot: Snapshot, keys: Sequence[str]) -> dict[str, Tree]:
+    """The state of some stages."""
+    tensors = snapshot.tensors(lambda name: name.split("/", 1)[0] in keys)
+    return {key: nest(tensors, snapshot.values[key]) for key in keys}
