@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +51,7 @@ Rounds = Annotated[
 Timeout = Annotated[
     float, typer.Option(min=0.001, max=1e6, help="Seconds that a worker waits for another.")
 ]
+_RESTART: dict[str, Any] = {"rich_help_panel": "Checkpoints and restarts"}
 _SOME: dict[str, Any] = {"rich_help_panel": "Options of single methods"}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
@@ -190,12 +190,53 @@ def train(
     learning_rate: Rate = None,
     momentum: Annotated[float, typer.Option(help="Of sgd.")] = 0.9,
     weight_decay: Annotated[float, typer.Option(help="Coefficient of the L2 penalty.")] = 5e-4,
+    milestones: Annotated[
+        str | None, typer.Option(help="Updates after which the rate drops, such as 500,750.")
+    ] = None,
+    rate_factor: Annotated[float, typer.Option(help="By which it drops.")] = 0.1,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="Most norm of a stage's gradient. [default: any]")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="float32 or bf16 (autocast).")] = "float32",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Keep inputs only, run forward again.")
+    ] = False,
+    non_finite: Annotated[
+        str, typer.Option(help="At a loss that is NaN or inf: raise, or skip the sample.")
+    ] = "raise",
     batch_size: BatchSize = 64,
     seed: Seed = 0,
     cuts: Cuts = None,
     save: Annotated[Path | None, typer.Option(help="Write the trained weights.")] = None,
     load: Annotated[Path | None, typer.Option(help="Start from weights of --save.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the measured Chrome trace.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Folder for a line of JSON per update and stage.")
+    ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(help="Folder for checkpoints, with all that is in flight.", **_RESTART),
+    ] = None,
+    every: Annotated[
+        int, typer.Option(min=1, help="Iterations between two checkpoints.", **_RESTART)
+    ] = 100,
+    keep: Annotated[int, typer.Option(min=1, help="Newest ones that stay.", **_RESTART)] = 2,
+    flush: Annotated[
+        bool,
+        typer.Option(
+            "--flush",
+            help="Empty the pipeline before each: other stages can go on from it, but delays begin"
+            " anew.",
+            **_RESTART,
+        ),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint.", **_RESTART)
+    ] = False,
+    restarts: Annotated[
+        int,
+        typer.Option(min=0, help="Times to go on by itself after a worker failed.", **_RESTART),
+    ] = 0,
     timeout: Timeout = 120.0,
     port: Annotated[
         int | None,
@@ -214,6 +255,7 @@ def train(
     """
     from ddg_gpu import checkpoint
     from ddg_gpu.job import Job
+    from ddg_gpu.snapshots import Snapshots
     from ddg_gpu.train import train as run_training
     from ddg_sim.methods import RULES, Semantics
     from ddg_sim.schedule import Sync
@@ -221,6 +263,10 @@ def train(
     output_path("--save", save)
     output_path("--trace", trace)
     different_files(save=save, trace=trace)
+    if checkpoints is None and (resume or restarts or flush):
+        name = "--resume" if resume else "--restarts" if restarts else "--flush"
+        raise ValueError(f"{name} needs --checkpoints FOLDER")
+    snapshots = None if checkpoints is None else Snapshots(checkpoints, every, keep, flush)
     given = {
         "micro_batches": micro_batches,
         "chunks": chunks,
@@ -254,14 +300,29 @@ def train(
         seed=seed,
         cuts=integers("--cuts", cuts),
         load=load,
+        clip_norm=clip_norm,
+        milestones=integers("--milestones", milestones) or (),
+        rate_factor=rate_factor,
+        precision=precision,
+        recompute=recompute,
+        non_finite=non_finite,
     )
     dataset = load_data(data, job)
     warnings = core_warnings(job, dataset) if executor == "distributed" else []
     with progress_bar("train") as progress:
-        run = run_training(job, dataset, executor, timeout=timeout, port=port, progress=progress)
-    if run is not None and not all(map(math.isfinite, run.losses)):
-        warnings.append("the loss is not finite: the training diverged, try a smaller rate")
-        warn(warnings[-1])
+        run = run_training(
+            job,
+            dataset,
+            executor,
+            timeout=timeout,
+            port=port,
+            progress=progress,
+            snapshots=snapshots,
+            resume=resume,
+            restarts=restarts,
+            on_restart=warn,
+            log=log,
+        )
     if run is None:  # another rank under torchrun reports
         return
     if save is not None:
@@ -282,10 +343,11 @@ def train(
         "data": dataset.name,
         "data_note": dataset.note,
         "cuts": list(run.cuts),
-        "iterations": run.timeline.iterations,
+        "iterations": run.iterations,
         "samples_per_iteration": schedule.samples_per_iteration,
         "loss_first": run.losses[0],
         "loss_last": run.losses[-1],
+        "skipped": run.skipped,
         "test_accuracy": run.test_accuracy,
         "period": run.timeline.period,
         "weights_sha256": run.weights_sha256,
@@ -299,7 +361,7 @@ def train(
         f"{method} on {stages} stage{'s' if stages > 1 else ''}, {executor}, {model}",
         ["", ""],
         [
-            ["iterations", str(run.timeline.iterations)],
+            ["iterations", str(run.iterations)],
             ["loss of the first, last mini-batch", f"{run.losses[0]:.4f}, {run.losses[-1]:.4f}"],
             [f"test accuracy{note}", percent(run.test_accuracy)],
             ["period", seconds(run.timeline.period)],

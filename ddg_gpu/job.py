@@ -15,13 +15,15 @@ from ddg_gpu import checkpoint, models
 from ddg_gpu.boundaries import Boundary, TensorSpec, boundaries
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.partition import balanced_cuts, layer_costs, split
-from ddg_gpu.stage import Stage
-from ddg_gpu.step import OptimizerFactory
+from ddg_gpu.stage import Stage, StageOptions
+from ddg_gpu.step import OptimizerFactory, SchedulerFactory
 from ddg_sim.methods import Semantics, method
 from ddg_sim.rule import Activations, Gradient
 from ddg_sim.schedule import Schedule, ScheduleError, Sync
 
 OPTIMIZERS = ("sgd", "adam")
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
+NON_FINITE = ("raise", "skip")
 LEARNING_RATES = {"sgd": 0.05, "adam": 1e-3}
 
 
@@ -48,6 +50,12 @@ class Job:
         seed: of the weights, the order of the data, the augmentation and dropout.
         cuts: first layers of stages 1..K-1; None balances estimated costs.
         load: file with weights to start from, as written by `checkpoint.save`.
+        clip_norm: the most that the norm of a stage's gradient may be; None clips nothing.
+        milestones: iterations after which the learning rate is multiplied by ``rate_factor``.
+        rate_factor: see ``milestones``.
+        precision: "float32", or "bf16" for forward and backward passes in bfloat16 (autocast).
+        recompute: whether stages keep only the inputs of samples in flight, and run forward again.
+        non_finite: what to do about a loss that is NaN or infinite: "raise", or "skip" the sample.
 
     Raises:
         ValueError: naming the argument and its value.
@@ -74,6 +82,12 @@ class Job:
     seed: int = 0
     cuts: tuple[int, ...] | None = None
     load: Path | None = None
+    clip_norm: float | None = None
+    milestones: tuple[int, ...] = ()
+    rate_factor: float = 0.1
+    precision: str = "float32"
+    recompute: bool = False
+    non_finite: str = "raise"
 
     def __post_init__(self) -> None:
         if (self.iterations is None) == (self.epochs is None):
@@ -94,6 +108,20 @@ class Job:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in 0..2**63-1, got {self.seed}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"clip_norm must be positive and finite, got {self.clip_norm}")
+        if (
+            list(self.milestones) != sorted(set(self.milestones))
+            or min(self.milestones, default=1) < 1
+        ):
+            raise ValueError(f"milestones must be increasing and positive, got {self.milestones}")
+        if not 0 < self.rate_factor < math.inf:
+            raise ValueError(f"rate_factor must be positive, got {self.rate_factor}")
+        for name, known in (("precision", tuple(PRECISIONS)), ("non_finite", NON_FINITE)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}"
+                )
 
     @property
     def step_size(self) -> float:
@@ -146,7 +174,7 @@ def network(job: Job, dataset: Dataset) -> Network:
     modules = split(model, job.stages, by=cuts)
     if job.load is not None:
         checkpoint.load_into(model, job.load)
-    crossing = tuple(boundaries(modules, example))
+    crossing = tuple(boundaries(modules, example, PRECISIONS[job.precision]))
     return Network(model, modules, cuts, crossing, dataset.classes)
 
 
@@ -195,8 +223,34 @@ def optimizer_factory(job: Job) -> OptimizerFactory:
     return make
 
 
-def make_stage(job: Job, schedule: Schedule, parts: Network, index: int) -> Stage:
+def scheduler_factory(job: Job) -> SchedulerFactory | None:
+    """Maker of the scheduler of a stage's learning rate; None if the rate stays.
+
+    >>> scheduler_factory(Job("bp", 1, "mlp", iterations=1)) is None
+    True
+    """
+    if not job.milestones:
+        return None
+
+    def make(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.MultiStepLR(
+            optimizer, list(job.milestones), job.rate_factor
+        )
+
+    return make
+
+
+def make_stage(
+    job: Job, schedule: Schedule, parts: Network, index: int, restorable: bool = False
+) -> Stage:
     """The trainable stage ``index`` of a job, around its module.
+
+    Args:
+        job: what is trained.
+        schedule: of the job.
+        parts: its network.
+        index: which stage.
+        restorable: whether its state will be asked for.
 
     Raises:
         ScheduleError: for whatever the schedule asks for that the torch backend does not run.
@@ -208,4 +262,19 @@ def make_stage(job: Job, schedule: Schedule, parts: Network, index: int) -> Stag
         if not isinstance(boundary, TensorSpec):
             raise ScheduleError(f"stage {index}: an auxiliary head takes one tensor, not a tuple")
         head = models.head(boundary.shape, parts.classes, seed)
-    return Stage(parts.modules[index], index, schedule, optimizer_factory(job), job.seed, head=head)
+    return Stage(
+        parts.modules[index],
+        index,
+        schedule,
+        optimizer_factory(job),
+        job.seed,
+        head=head,
+        options=StageOptions(
+            job.clip_norm,
+            scheduler_factory(job),
+            PRECISIONS[job.precision],
+            job.recompute,
+            job.non_finite,
+            restorable,
+        ),
+    )

@@ -167,7 +167,7 @@ class Session:
         samples, updates = position["before"]
         before = Before(samples + position["samples"], updates + position["fed"])
         for index, stage in self._stages.items():
-            stage.take_over(trained[index], before.updates)
+            stage.load(trained[index], before.samples, before.updates)
         self._execution = self._begin(before, ENDLESS)
 
     def _begin(self, before: Before, iterations: int, start: int = 0) -> Execution:

@@ -16,7 +16,7 @@ from ddg_gpu.boundaries import Boundary, boundaries
 from ddg_gpu.execute import LocalTransport, Transport, timeline
 from ddg_gpu.messages import message_buffer
 from ddg_gpu.session import Session
-from ddg_gpu.stage import Stage
+from ddg_gpu.stage import Stage, StageOptions
 from ddg_gpu.step import OptimizerFactory
 from ddg_gpu.transport import GlooTransport
 from ddg_gpu.value import Value, members
@@ -55,7 +55,7 @@ class Trainer:
         timeout: seconds that any wait for another process may last.
         seed: of dropout and other randomness inside the stages.
         heads: with local losses (DGL), the auxiliary head of every stage but the last.
-        options: further options of `Stage`, such as ``clip_norm`` or ``precision``.
+        options: clipping, learning rate's schedule, precision and more, see `StageOptions`.
 
     Raises:
         ScheduleError: for whatever the schedule asks for that is not implemented.
@@ -82,7 +82,7 @@ class Trainer:
         timeout: float = 120.0,
         seed: int = 0,
         heads: Sequence[nn.Module] | None = None,
-        **options: Any,
+        options: StageOptions = StageOptions(),
     ) -> None:
         if len(modules) != schedule.num_stages:
             raise ValueError(
@@ -101,7 +101,7 @@ class Trainer:
             workers = [_rank(len(workers))]
             if example is None:
                 raise ValueError("example must be given where several processes train")
-            self._crossing = boundaries(modules, example, options.get("precision"))
+            self._crossing = boundaries(modules, example, options.precision)
         self.schedule = schedule
         self.modules = list(modules)
         self._timeout = timeout
@@ -114,7 +114,7 @@ class Trainer:
                 seed,
                 loss,
                 head=None if heads is None or index >= len(heads) else heads[index],
-                **options,
+                options=options,
             )
             for index, module in enumerate(modules)
             if schedule.worker_of(index) in workers

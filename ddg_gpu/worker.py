@@ -131,6 +131,10 @@ def describe(job: Job, dataset: Dataset, parts: Network) -> dict[str, Any]:
         "learning_rate": job.step_size,
         "momentum": job.momentum,
         "weight_decay": job.weight_decay,
+        "clip_norm": job.clip_norm,
+        "milestones": list(job.milestones),
+        "rate_factor": job.rate_factor,
+        "precision": job.precision,
         "schedule": str(schedule),
         "cuts": list(parts.cuts),
     }
