@@ -83,6 +83,7 @@ def run_processes(
     start: Path | None = None,
     restarts: int = 0,
     on_restart: Callable[[str], None] = lambda why: None,
+    log: Path | None = None,
 ) -> list[WorkerOutcome]:
     """Run a job in one new process per worker on this machine.
 
@@ -97,6 +98,7 @@ def run_processes(
         restarts: how many times to go on from the newest snapshot, with new processes, after a
             worker has failed.
         on_restart: told, before each of these, why.
+        log: folder for a line per update, see `StageLog`.
 
     Raises:
         ValueError: if the port cannot be used.
@@ -111,7 +113,7 @@ def run_processes(
         }
         try:
             results = run_together(
-                partial(_task, job, snapshots),
+                partial(_task, job, snapshots, log),
                 len(job.schedule().workers),
                 given,
                 timeout=timeout,
@@ -140,7 +142,12 @@ def dataset_values(dataset: Dataset) -> dict[str, Any]:
 
 
 def _task(
-    job: Job, snapshots: Snapshots | None, rank: int, given: dict[str, Any], report: Report
+    job: Job,
+    snapshots: Snapshots | None,
+    log: Path | None,
+    rank: int,
+    given: dict[str, Any],
+    report: Report,
 ) -> dict[str, Any]:
     torch.set_num_threads(1)  # other thread counts give other bits
     outcome = run_workers(
@@ -151,6 +158,7 @@ def _task(
         finished(job.stages, report),
         snapshots,
         None if given["start"] is None else Path(given["start"]),
+        log,
     )
     # Not asdict, which would copy every tensor.
     return {field.name: getattr(outcome, field.name) for field in fields(outcome)}
@@ -195,6 +203,7 @@ def run_rank(
     timeout: float,
     snapshots: Snapshots | None = None,
     start: Path | None = None,
+    log: Path | None = None,
 ) -> list[WorkerOutcome] | None:
     """Run this process's worker under torchrun; rank 0 gets the outcomes of all, others None.
 
@@ -204,6 +213,7 @@ def run_rank(
         timeout: seconds that any wait for another worker may last.
         snapshots: where and when to write snapshots, if at all; all processes must see the folder.
         start: a snapshot to go on from.
+        log: folder for a line per update, see `StageLog`.
 
     Raises:
         ValueError: if torchrun started another number of processes than the job has workers.
@@ -219,7 +229,13 @@ def run_rank(
     try:
         rank = dist.get_rank()
         outcome = run_workers(
-            job, dataset, connection(rank, timeout), [rank], snapshots=snapshots, start=start
+            job,
+            dataset,
+            connection(rank, timeout),
+            [rank],
+            snapshots=snapshots,
+            start=start,
+            log=log,
         )
         gathered: list[WorkerOutcome] | None = [outcome] * workers if rank == 0 else None
         dist.gather_object(outcome, gathered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from ddg_gpu.checkpoint import weights_sha256
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.distributed import finished, restarted, run_processes, run_rank, under_torchrun
 from ddg_gpu.execute import LocalTransport, timeline
-from ddg_gpu.job import Job, make_stage, network, num_samples
+from ddg_gpu.job import Job, make_stage, network, num_iterations, num_samples
 from ddg_gpu.processes import Progress, keep_freed_memory
 from ddg_gpu.snapshots import Snapshots, newest
 from ddg_gpu.worker import WorkerOutcome, run_workers
@@ -35,7 +36,8 @@ class Run:
         model: the trained network, in evaluation mode.
         losses: training loss of every mini-batch or micro-batch, in the order of feeding.
         test_accuracy: fraction of the test examples that are classified correctly.
-        timeline: what ran when.
+        timeline: what ran when, since the beginning of the process or the last flush.
+        iterations: that were fed, from the very first on.
         cuts: first layers of stages 1..K-1.
     """
 
@@ -44,7 +46,13 @@ class Run:
     losses: tuple[float, ...]
     test_accuracy: float
     timeline: Timeline
+    iterations: int
     cuts: tuple[int, ...]
+
+    @property
+    def skipped(self) -> int:
+        """Samples that were left out, because their loss was not finite."""
+        return sum(not math.isfinite(loss) for loss in self.losses)
 
     @property
     def weights_sha256(self) -> str:
@@ -64,6 +72,7 @@ def train(
     resume: bool = False,
     restarts: int = 0,
     on_restart: Callable[[str], None] = lambda why: None,
+    log: Path | None = None,
 ) -> Run | None:
     """Train a network; every sample that is fed is also applied, by every stage.
 
@@ -80,6 +89,7 @@ def train(
         restarts: how often a distributed run may go on from its newest snapshot, with new
             processes, after a worker has failed. torchrun has a count of its own.
         on_restart: told, before each of these, why.
+        log: folder for a line of JSON per update and stage, see `StageLog`.
 
     Returns:
         The run; under torchrun only on rank 0, None elsewhere.
@@ -110,14 +120,15 @@ def train(
                 watch=finished(job.stages, lambda done: progress(done, total)),
                 snapshots=snapshots,
                 start=start,
+                log=log,
             )
         return _assemble(job, dataset, [outcome])
     _check(job, dataset)  # a wrong argument shows here, not in K processes
     if under_torchrun():
-        outcomes = run_rank(job, dataset, timeout, snapshots, start)
+        outcomes = run_rank(job, dataset, timeout, snapshots, start, log)
         return None if outcomes is None else _assemble(job, dataset, outcomes)
     outcomes = run_processes(
-        job, dataset, timeout, port, progress, snapshots, start, restarts, on_restart
+        job, dataset, timeout, port, progress, snapshots, start, restarts, on_restart, log
     )
     return _assemble(job, dataset, outcomes)
 
@@ -156,7 +167,8 @@ def _assemble(job: Job, dataset: Dataset, outcomes: Sequence[WorkerOutcome]) -> 
     losses = tuple(loss for outcome in outcomes for _, loss in outcome.losses)
     accuracy = evaluate(parts.model, dataset)
     measured = timeline(job.schedule(), outcomes[0].iterations, parsed)
-    return Run(job, parts.model, losses, accuracy, measured, parts.cuts)
+    total = num_iterations(job, Batches(dataset, job.batch_size, job.seed))
+    return Run(job, parts.model, losses, accuracy, measured, total, parts.cuts)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ddg_gpu.checkpoint import CheckpointError
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.execute import Transport, Watch
 from ddg_gpu.job import Job, Network, make_stage, network, num_iterations
+from ddg_gpu.log import StageLog
 from ddg_gpu.messages import message_buffer
 from ddg_gpu.session import Session
 from ddg_gpu.snapshots import Snapshot, Snapshots
@@ -53,6 +54,7 @@ def run_workers(
     watch: Watch = lambda op, seconds: None,
     snapshots: Snapshots | None = None,
     start: Path | None = None,
+    log: Path | None = None,
 ) -> WorkerOutcome:
     """Run workers of a job in this process.
 
@@ -64,6 +66,7 @@ def run_workers(
         watch: called after every operation.
         snapshots: where and when to write snapshots, if at all.
         start: a snapshot to go on from.
+        log: folder for a line per update, see `StageLog`.
 
     Raises:
         PeerLostError: if another worker is gone, or does not answer in time.
@@ -79,11 +82,21 @@ def run_workers(
         if schedule.worker_of(index) in workers
     }
     buffer = message_buffer(schedule, parts.boundaries, batches.size)
-    session = Session(schedule, workers, stages, batches, lambda: connect(schedule, buffer), watch)
+    watches = [watch]
+    session = Session(
+        schedule,
+        workers,
+        stages,
+        batches,
+        lambda: connect(schedule, buffer),
+        lambda op, seconds: [each(op, seconds) for each in watches],
+    )
     total = num_iterations(job, batches)
     about = describe(job, dataset, parts)
     if start is not None:
         _restore(session, stages, store.read(start), about, total)
+    if log is not None:
+        watches.append(StageLog(log, stages, session.iteration))
     while session.iteration < total:
         stop = total
         if snapshots is not None:
