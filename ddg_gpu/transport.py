@@ -122,7 +122,8 @@ class GlooTransport:
             PeerLostError: if the sender is gone, or nothing came within the limit.
         """
         if message not in self._arrived:
-            transfer = self._posted.pop(message)
+            # Before a checkpoint, messages are looked at that nobody has said to expect.
+            transfer = self._posted.pop(message, None) or self._receiving(message)
             self._wait(transfer, f"for {message}", message.source)
             if not self._trusting:
                 transfer = self._check(transfer)
@@ -220,17 +221,14 @@ class GlooTransport:
                 self._future[message.relation, message.target].append(message)
         if future:
             message = future.popleft()
-            value = (
-                torch.empty(CREDIT_SHAPE)
-                if message.relation is Relation.CREDIT
-                else self._buffer(message)
-            )
-            tensors = list(members(value))
-            if not self._trusting:
-                tensors = [torch.zeros(1, dtype=torch.long)]
-            self._posted[message] = self._transfer(
-                message, value, tensors, dist.irecv, message.source
-            )
+            self._posted[message] = self._receiving(message)
+
+    def _receiving(self, message: Message) -> _Transfer:
+        """Post the receive of a message."""
+        credit = message.relation is Relation.CREDIT
+        value = torch.empty(CREDIT_SHAPE) if credit else self._buffer(message)
+        tensors = list(members(value)) if self._trusting else [torch.zeros(1, dtype=torch.long)]
+        return self._transfer(message, value, tensors, dist.irecv, message.source)
 
     def _tag(self, message: Message) -> int:
         """Tells apart all tensors between two ranks, which may hold several stages each."""

@@ -22,7 +22,7 @@ from ddg_gpu.stage import Stage
 from ddg_gpu.state import Tree, flatten, nest
 from ddg_gpu.value import Value
 from ddg_sim.lowering import Message
-from ddg_sim.schedule import Schedule
+from ddg_sim.schedule import Op, Schedule
 
 #: Makes a transport: from the schedule, and what makes empty values for messages.
 Connect = Callable[[Schedule, Callable[[Message], Value]], Transport]
@@ -83,13 +83,18 @@ def run_workers(
     }
     buffer = message_buffer(schedule, parts.boundaries, batches.size)
     watches = [watch]
+
+    def watching(op: Op, seconds: float) -> None:
+        for each in watches:
+            each(op, seconds)
+
     session = Session(
         schedule,
         workers,
         stages,
         batches,
         lambda: connect(schedule, buffer),
-        lambda op, seconds: [each(op, seconds) for each in watches],
+        watching,
     )
     total = num_iterations(job, batches)
     about = describe(job, dataset, parts)
