@@ -320,7 +320,7 @@ def train(
             snapshots=snapshots,
             resume=resume,
             restarts=restarts,
-            on_restart=warn,
+            warn=warn,
             log=log,
         )
     if run is None:  # another rank under torchrun reports

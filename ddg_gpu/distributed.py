@@ -82,7 +82,7 @@ def run_processes(
     snapshots: Snapshots | None = None,
     start: Path | None = None,
     restarts: int = 0,
-    on_restart: Callable[[str], None] = lambda why: None,
+    warn: Callable[[str], None] = lambda text: None,
     log: Path | None = None,
 ) -> list[WorkerOutcome]:
     """Run a job in one new process per worker on this machine.
@@ -97,7 +97,7 @@ def run_processes(
         start: a snapshot to go on from.
         restarts: how many times to go on from the newest snapshot, with new processes, after a
             worker has failed.
-        on_restart: told, before each of these, why.
+        warn: told of damaged snapshots, and before each restart, why.
         log: folder for a line per update, see `StageLog`.
 
     Raises:
@@ -125,8 +125,8 @@ def run_processes(
             if restarts == 0 or snapshots is None:
                 raise
             restarts -= 1
-            start = store.newest(snapshots.folder) or start
-            on_restart(f"{error}; going on from {start or 'the beginning'}")
+            start = store.newest(snapshots.folder, warn) or start
+            warn(f"{error}; going on from {start or 'the beginning'}")
             continue
         return [WorkerOutcome(**result) for result in results]
 

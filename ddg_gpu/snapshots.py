@@ -127,14 +127,30 @@ def write(
     return path
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest whole snapshot of a folder; None if there is none.
+def newest(folder: Path, warn: Callable[[str], None] = lambda text: None) -> Path | None:
+    """The newest whole snapshot of a folder; None if there is none at all.
+
+    Args:
+        folder: where to look.
+        warn: told of newer ones that are damaged.
+
+    Raises:
+        CheckpointError: naming the oldest, if all are damaged.
 
     >>> newest(Path("no such folder")) is None
     True
     """
-    found = _found(folder)
-    return found[-1][1] if found else None
+    damaged: CheckpointError | None = None
+    for _, path in reversed(_found(folder)):
+        if damaged is not None:
+            warn(f"{damaged}; taking the one before")
+        try:
+            return read(path).path
+        except CheckpointError as error:
+            damaged = error
+    if damaged is not None:
+        raise damaged
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ def train(
     snapshots: Snapshots | None = None,
     resume: bool = False,
     restarts: int = 0,
-    on_restart: Callable[[str], None] = lambda why: None,
+    warn: Callable[[str], None] = lambda text: None,
     log: Path | None = None,
 ) -> Run | None:
     """Train a network; every sample that is fed is also applied, by every stage.
@@ -88,7 +88,7 @@ def train(
             torchrun has restarted do so in any case.
         restarts: how often a distributed run may go on from its newest snapshot, with new
             processes, after a worker has failed. torchrun has a count of its own.
-        on_restart: told, before each of these, why.
+        warn: told of damaged snapshots, and why a run goes on from one by itself.
         log: folder for a line of JSON per update and stage, see `StageLog`.
 
     Returns:
@@ -109,7 +109,7 @@ def train(
         raise ValueError(
             f"timeout must be within {MIN_TIMEOUT:g} and {MAX_TIMEOUT:g} seconds, got {timeout}"
         )
-    start = None if snapshots is None else _start(snapshots, resume)
+    start = None if snapshots is None else _start(snapshots, resume, warn)
     if executor == "serial":
         total = num_samples(job, Batches(dataset, job.batch_size, job.seed))
         with one_thread():
@@ -128,18 +128,18 @@ def train(
         outcomes = run_rank(job, dataset, timeout, snapshots, start, log)
         return None if outcomes is None else _assemble(job, dataset, outcomes)
     outcomes = run_processes(
-        job, dataset, timeout, port, progress, snapshots, start, restarts, on_restart, log
+        job, dataset, timeout, port, progress, snapshots, start, restarts, warn, log
     )
     return _assemble(job, dataset, outcomes)
 
 
-def _start(snapshots: Snapshots, resume: bool) -> Path | None:
+def _start(snapshots: Snapshots, resume: bool, warn: Callable[[str], None]) -> Path | None:
     """The snapshot to go on from.
 
     Raises:
         ValueError: if there are some, and nobody said to go on from them.
     """
-    found = newest(snapshots.folder)
+    found = newest(snapshots.folder, warn)
     if found is not None and not (resume or restarted()):
         raise ValueError(
             f"folder {snapshots.folder} holds snapshots of a run: resume it, or name another folder"

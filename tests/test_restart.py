@@ -1,0 +1,264 @@
+"""Snapshots: a run that was ended goes on bit for bit; whatever ends it does so in bounded time."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddg_gpu.checkpoint import CheckpointError
+from ddg_gpu.data import Dataset, load
+from ddg_gpu.distributed import connection, dataset_values
+from ddg_gpu.job import Job
+from ddg_gpu.processes import WorkerError, run_together
+from ddg_gpu.snapshots import Snapshots, newest, read
+from ddg_gpu.train import Run, train
+from ddg_gpu.worker import run_workers
+from ddg_sim.methods import METHODS
+from ddg_sim.schedule import Op, OpKind
+
+LIMIT = 20.0  # seconds in which a failure must end a run
+DIGITS = load("digits")
+
+
+def job(method: str = "ddg", stages: int = 2, iterations: int = 11, **more: Any) -> Job:
+    return Job(method, stages, "mlp", iterations, learning_rate=0.01, batch_size=32, **more)
+
+
+def trained(*args: Any, **kwargs: Any) -> Run:
+    run = train(*args, **kwargs)
+    assert run is not None
+    return run
+
+
+TRAINED = [
+    name for name in METHODS if name not in ("petra", "ouroboros", "pd-asgd", "dp", "interleaved")
+]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_resumed_run_equals_an_undisturbed_one(name: str, tmp_path: Path) -> None:
+    whole = trained(job(name, 3), DIGITS)
+    trained(job(name, 3, 6), DIGITS, snapshots=Snapshots(tmp_path, every=4))
+    rest = trained(job(name, 3), DIGITS, snapshots=Snapshots(tmp_path, every=4), resume=True)
+    assert rest.weights_sha256 == whole.weights_sha256
+    assert rest.losses == whole.losses
+    # It went on from the snapshot, and did not begin again.
+    assert min(op.iteration for _, op in rest.timeline.operations) == 6
+
+
+def test_executors_read_one_anothers_snapshots(tmp_path: Path) -> None:
+    whole = trained(job(), DIGITS)
+    at = Snapshots(tmp_path, every=3)
+    trained(job(iterations=4), DIGITS, "distributed", snapshots=at)
+    trained(job(iterations=8), DIGITS, snapshots=at, resume=True)
+    last = trained(job(), DIGITS, "distributed", snapshots=at, resume=True)
+    assert last.weights_sha256 == whole.weights_sha256
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"optimizer": "adam"},
+        {"milestones": (3, 8), "clip_norm": 0.5},
+        {"recompute": True, "precision": "bf16"},
+    ],
+)
+def test_optimizers_and_schedules_go_on(more: dict[str, Any], tmp_path: Path) -> None:
+    whole = trained(job(**more), DIGITS)
+    trained(job(iterations=5, **more), DIGITS, snapshots=Snapshots(tmp_path))
+    rest = trained(job(**more), DIGITS, snapshots=Snapshots(tmp_path), resume=True)
+    assert rest.weights_sha256 == whole.weights_sha256
+
+
+def test_after_a_flush_other_stages_and_another_method_go_on(tmp_path: Path) -> None:
+    """Without delay, flushes change nothing: so bp on 3 stages after bp on 1 is bp on 1."""
+    whole = trained(job("bp", 1), DIGITS)
+    at = Snapshots(tmp_path, every=3, flush=True)
+    trained(job("bp", 1, 5), DIGITS, snapshots=at)
+    trained(job("bp", 3, 8), DIGITS, snapshots=at, resume=True)
+    rest = trained(job("gpipe", 2, options={"micro_batches": 1}), DIGITS, snapshots=at, resume=True)
+    assert rest.weights_sha256 == whole.weights_sha256
+
+
+def test_flushed_runs_resume_where_they_were_flushed(tmp_path: Path) -> None:
+    at = Snapshots(tmp_path / "whole", every=4, flush=True)
+    whole = trained(job(), DIGITS, snapshots=at)
+    assert whole.weights_sha256 != trained(job(), DIGITS).weights_sha256
+    parts = replace(at, folder=tmp_path / "parts")
+    trained(job(iterations=8), DIGITS, snapshots=parts)
+    rest = trained(job(), DIGITS, "distributed", snapshots=parts, resume=True)
+    assert rest.weights_sha256 == whole.weights_sha256
+
+
+def test_samples_in_flight_are_not_given_to_other_stages(tmp_path: Path) -> None:
+    trained(job(iterations=4), DIGITS, snapshots=Snapshots(tmp_path))
+    with pytest.raises(CheckpointError, match="has samples in flight.*--flush"):
+        train(job(stages=3), DIGITS, snapshots=Snapshots(tmp_path), resume=True)
+    with pytest.raises(CheckpointError, match="made with batch_size 32, this run has 16"):
+        train(replace(job(), batch_size=16), DIGITS, snapshots=Snapshots(tmp_path), resume=True)
+    with pytest.raises(CheckpointError, match="after iteration 4, this run ends with 3"):
+        train(job(iterations=3), DIGITS, snapshots=Snapshots(tmp_path), resume=True)
+
+
+def test_as_many_are_kept_as_was_said_and_nobody_overwrites_them(tmp_path: Path) -> None:
+    train(job(), DIGITS, snapshots=Snapshots(tmp_path, every=2, keep=3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "iteration-10",
+        "iteration-11",
+        "iteration-8",
+    ]
+    with pytest.raises(ValueError, match="holds snapshots of a run: resume it"):
+        train(job(), DIGITS, snapshots=Snapshots(tmp_path))
+
+
+# --- Faults ---------------------------------------------------------------------------------------
+
+
+def dying_task(
+    how: str, kind: OpKind, at: Snapshots, rank: int, given: dict[str, Any], report: Any
+) -> dict[str, Any]:
+    """A worker that comes to grief in iteration 7, if it is its turn and has not done so before."""
+    marker = Path(given["marker"])
+
+    def watch(op: Op, _seconds: float) -> None:
+        if rank != given["victim"] or op.kind is not kind or op.iteration != 7 or marker.exists():
+            return
+        marker.touch()
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "hang":
+            time.sleep(3600)
+        elif how == "disconnect":
+            for name in os.listdir("/proc/self/fd"):
+                if stat.S_ISSOCK(os.stat(f"/proc/self/fd/{name}").st_mode):
+                    with socket.socket(fileno=os.dup(int(name))) as connection_:
+                        connection_.shutdown(socket.SHUT_RDWR)
+
+    outcome = run_workers(
+        job(stages=3),
+        Dataset(**given["dataset"]),
+        connection(rank, given["timeout"]),
+        [rank],
+        watch,
+        at,
+        newest(at.folder),
+    )
+    return {"weights": outcome.weights}
+
+
+@pytest.mark.parametrize(
+    ("how", "victim", "kind"),
+    [
+        ("kill", 0, OpKind.FORWARD),
+        ("kill", 1, OpKind.BACKWARD),
+        ("kill", 2, OpKind.UPDATE),
+        ("hang", 1, OpKind.FORWARD),
+        ("disconnect", 1, OpKind.BACKWARD),
+    ],
+)
+def test_a_fault_ends_the_run_soon_and_it_goes_on_bit_for_bit(
+    how: str, victim: int, kind: OpKind, tmp_path: Path
+) -> None:
+    at = Snapshots(tmp_path / "snapshots", every=3)
+    given = {
+        "dataset": dataset_values(DIGITS),
+        "marker": str(tmp_path / "marker"),
+        "victim": victim,
+        "timeout": 3.0,
+    }
+    task = partial(dying_task, how, kind, at)
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match="worker"):
+        run_together(task, 3, given, timeout=3.0)
+    assert time.monotonic() - start < LIMIT
+    found = newest(at.folder)
+    assert found is not None
+    assert read(found).iteration == 6
+    results = run_together(task, 3, given)
+    whole = trained(job(stages=3), DIGITS).model.state_dict()
+    resumed = {name: tensor for result in results for name, tensor in result["weights"].items()}
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "changed", "not JSON"])
+def test_a_damaged_snapshot_is_named_and_the_one_before_is_taken(how: str, tmp_path: Path) -> None:
+    train(job(iterations=6), DIGITS, snapshots=Snapshots(tmp_path, every=3))
+    bad = tmp_path / "iteration-6"
+    data = next(bad.glob("*.distcp"))
+    if how == "missing":
+        data.unlink()
+    elif how == "truncated":
+        data.write_bytes(data.read_bytes()[:-100])
+    elif how == "changed":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    else:
+        (bad / "manifest.json").write_text("{")
+    told: list[str] = []
+    whole = trained(job(), DIGITS)
+    rest = trained(job(), DIGITS, snapshots=Snapshots(tmp_path), resume=True, warn=told.append)
+    assert rest.weights_sha256 == whole.weights_sha256
+    assert len(told) == 1
+    assert "iteration-6" in told[0]
+
+
+def test_a_snapshot_runs_no_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    train(job(iterations=3), DIGITS, snapshots=Snapshots(tmp_path / "run"))
+    path = tmp_path / "run" / "iteration-3"
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"][".metadata"]  # as who makes the file would
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
+        read(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def ddg(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ddg_cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **more,
+    )
+
+
+def test_a_full_disk_ends_the_command_with_one_line(tmp_path: Path) -> None:
+    """The limit on a file's size stands for the full disk."""
+    words = (
+        *("train", "ddg", "--stages", "2", "--model", "mlp", "--iterations", "6"),
+        *("--checkpoints", str(tmp_path), "--every", "3"),
+    )
+    found = ddg(*words, env={**os.environ, "DDG_TEST": "1"}, preexec_fn=_small_files)
+    assert found.returncode == 2
+    assert "iteration-3: cannot be written: File too large" in " ".join(found.stderr.split())
+    assert "Traceback" not in found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def _small_files() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
