@@ -251,7 +251,7 @@ class VersionStore:
         assert self._working is not None
         ahead = self._ahead[forward]
         behind = 0.0 if forward else self._behind
-        wanted = (version, ahead, behind, self._rate() if ahead else 0.0)
+        wanted: tuple[float, ...] = (version, ahead, behind, self._rate() if ahead else 0.0)
         if wanted == self._holds:
             return self._working
         if version not in self._held:
