@@ -183,6 +183,11 @@ class GraphChain:
 
     def _flaw(self, position: int) -> str:
         """Why no stage can begin at a position; empty if one can."""
+        before, after = (
+            self._trace.modules[self._order[index]] for index in (position - 1, position)
+        )
+        if before == after != "" and not self._model.get_submodule(before)._modules:
+            return f"it is inside layer {before!r}"
         crossing = self._crossing(position)
         for node in crossing:
             small, large = self._small[node], self._large[node]

@@ -43,7 +43,9 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         self.layer1 = nn.Sequential(BasicBlock(width, width), BasicBlock(width, width))
-        self.layer2 = nn.Sequential(BasicBlock(width, 2 * width, 2), BasicBlock(2 * width, 2 * width))
+        self.layer2 = nn.Sequential(
+            BasicBlock(width, 2 * width, 2), BasicBlock(2 * width, 2 * width)
+        )
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(2 * width, classes)
 
@@ -109,7 +111,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -182,7 +186,10 @@ class Pairs(nn.Module):
         for part in self.parts:
             pair = part(pair)
         outputs, (hidden, _) = self.lstm(torch.stack(pair, 1))
-        return {"logits": scale * self.head(torch.cat([outputs[:, -1], hidden[-1]], 1)), "x": pair[0]}
+        return {
+            "logits": scale * self.head(torch.cat([outputs[:, -1], hidden[-1]], 1)),
+            "x": pair[0],
+        }
 
 
 class Unseen(nn.Module):
