@@ -129,7 +129,8 @@ class GraphChain:
 
     def _module(self, graph: fx.Graph) -> fx.GraphModule:
         stage = graph_module(graph, self._trace.attributes, self._persistent)
-        stage.training = self._model.training
+        for path, part in stage.named_modules():
+            part.training = self._model.get_submodule(path).training
         return stage
 
     def _unpack_early(self) -> None:
