@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise, product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,63 +79,50 @@ def boundaries(
     >>> boundaries(stages, torch.zeros(1, 3, 4, 4))
     [TensorSpec(shape=torch.Size([8, 2, 2]), dtype=torch.float32)]
     """
-    found: list[list[Boundary]] = []
-    for training in (False, True):
-        with undisturbed(*stages, training=training), torch.no_grad():
-            small, large = (
-                _outputs(stages, batch_of(example, size), autocast, training) for size in SIZES
-            )
-        found.append(
-            [
-                _specification(stages, index, *values)
-                for index, values in enumerate(zip(small, large, strict=True))
-            ]
-        )
-    for index, (evaluating, training) in enumerate(zip(*found, strict=True)):
-        if evaluating != training:
+    evaluating, training = (_dry_run(stages, example, autocast, mode) for mode in (False, True))
+    for index, (one, other) in enumerate(zip(evaluating, training, strict=True)):
+        if one != other:
             raise SplitError(
-                f"what {_between(stages, index)} is {evaluating} in evaluation and {training} in"
-                " training: cut elsewhere"
+                f"what {_between(stages, index)} is {one} in evaluation and {other} in training:"
+                " cut elsewhere"
             )
-    return found[0]
+    return evaluating
 
 
-def _outputs(
-    stages: Sequence[nn.Module], value: Value, autocast: torch.dtype | None, training: bool
-) -> list[Value]:
-    """What every stage but the last returns."""
-    crossing: list[Value] = []
-    parts = tensors_of(value)
-    assert parts is not None
-    size, kind = len(parts[0]), parts[0].device.type
-    low = nullcontext() if autocast is None else torch.autocast(kind, autocast)
-    with low:
+def _dry_run(
+    stages: Sequence[nn.Module], example: Value, autocast: torch.dtype | None, training: bool
+) -> list[Boundary]:
+    """What crosses in one mode, from batches of two sizes."""
+    values: list[Any] = [batch_of(example, size) for size in SIZES]
+    found: list[Boundary] = []
+    device = pytree.tree_leaves(values)[0].device.type
+    low = nullcontext() if autocast is None else torch.autocast(device, autocast)
+    with undisturbed(*stages, training=training), torch.no_grad(), low:
         for index, stage in enumerate(stages):
-            parts = tensors_of(value)
-            if parts is None:
-                raise SplitError(
-                    f"what {_between(stages, index - 1)} is {describe(value)}: only a tensor or a"
-                    " flat tuple of tensors may cross, so cut elsewhere, or return tensors"
-                )
-            with _unchanged(index, stage, parts):
-                value = stage(value)
-            if index < len(stages) - 1:
-                crossing.append(value)
-    for tensor in pytree.tree_leaves(value):
-        if isinstance(tensor, Tensor) and tensor.shape[:1] != (size,):
-            mode = "training" if training else "evaluation"
+            if index:
+                found.append(_specification(stages, index - 1, *values))
+            for size, value in enumerate(values):
+                with _unchanged(index, stage, tensors_of(value) or ()):
+                    values[size] = stage(value)
+    for tensor in pytree.tree_leaves(values[0]):
+        if isinstance(tensor, Tensor) and tensor.shape[:1] != SIZES[:1]:
             raise SplitError(
-                f"the output of stage {len(stages) - 1} {_span(stages[-1])} in {mode} has shape"
-                f" {tuple(tensor.shape)} for {size} examples: the batch must be its first"
-                " dimension, so return one row per example, and no loss"
+                f"the output of stage {len(stages) - 1} {_span(stages[-1])} has shape"
+                f" {tuple(tensor.shape)} for {SIZES[0]} examples: its first dimension must be the"
+                " batch, so return one row per example, and no loss"
             )
-    return crossing
+    return found
 
 
-def _specification(stages: Sequence[nn.Module], index: int, small: Value, large: Value) -> Boundary:
+def _specification(stages: Sequence[nn.Module], index: int, small: Any, large: Any) -> Boundary:
     """Shapes and types at a boundary, from its values for two batch sizes."""
+    few, many = tensors_of(small), tensors_of(large)
+    if few is None or many is None or len(few) != len(many):
+        raise SplitError(
+            f"what {_between(stages, index)} is {describe(small)}: only a tensor or a flat tuple of"
+            " tensors may cross, so cut elsewhere, or return tensors"
+        )
     specs = []
-    few, many = tensors_of(small) or (), tensors_of(large) or ()
     for first, second in zip(few, many, strict=True):
         if (
             (*first.shape[:1], *second.shape[:1]) != SIZES

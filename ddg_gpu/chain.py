@@ -107,7 +107,7 @@ def _leaves(module: nn.Module, path: Path) -> list[tuple[Path, nn.Module]]:
     for name, child in module._modules.items():
         assert child is not None
         own = (*path, name)
-        found += _leaves(child, own) if is_sequence(child) and len(child) else [(own, child)]
+        found += _leaves(child, own) if is_sequence(child) and child._modules else [(own, child)]
     return found
 
 

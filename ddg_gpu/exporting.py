@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def export(model: nn.Module, example: Value) -> Trace:
     parts = tensors_of(inputs) or ()
     dynamic = tuple({0: torch.export.Dim.AUTO} for _ in parts)
     try:
-        with undisturbed(model, training=True):
+        with undisturbed(model, training=True), warnings.catch_warnings(action="ignore"):
             program = torch.export.export(model, parts, dynamic_shapes=dynamic)
         exported: Any = program.module()
     except Exception as error:  # a dozen types, and more with every release

@@ -129,7 +129,8 @@ class GraphChain:
 
     def _module(self, graph: fx.Graph) -> fx.GraphModule:
         stage = graph_module(graph, self._trace.attributes, self._persistent)
-        stage.training = self._model.training
+        for path, part in stage.named_modules():
+            part.training = self._model.get_submodule(path).training
         return stage
 
     def _unpack_early(self) -> None:
@@ -183,6 +184,11 @@ class GraphChain:
 
     def _flaw(self, position: int) -> str:
         """Why no stage can begin at a position; empty if one can."""
+        before, after = (
+            self._trace.modules[self._order[index]] for index in (position - 1, position)
+        )
+        if before == after != "" and not self._model.get_submodule(before)._modules:
+            return f"it is inside layer {before!r}"
         crossing = self._crossing(position)
         for node in crossing:
             small, large = self._small[node], self._large[node]

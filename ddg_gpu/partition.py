@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from ddg_gpu.tracing import trace
 FLOPS_PER_ELEMENT = 200
 
 By = str | Sequence[int | str]
+
+Found = TypeVar("Found")
 
 
 def split(
@@ -104,7 +107,7 @@ def layer_names(model: nn.Module, example: Value | None = None) -> list[str]:
     >>> layer_names(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2)))
     ['0.0', '0.1', '1']
     """
-    return list(_chains(model, example)[0]().names)
+    return _first(model, example, lambda chain: chain.names)
 
 
 def balanced_cuts(costs: Sequence[float], num_stages: int) -> list[int]:
@@ -214,21 +217,26 @@ def _cut(
         raise SplitError("by='time' needs an example, a mini-batch of inputs to measure with")
     if example is not None:
         batch_of(example, 1)  # says what is wrong with it
-    failure: SplitError | None = None
+
+    def cuts(chain: Chain) -> tuple[Chain, list[int]]:
+        if isinstance(by, str):
+            return chain, _balanced(chain, model, num_stages, by, example)
+        return chain, _named(chain, model, by)
+
+    chain, found = _first(model, example, cuts)
+    _check(chain, model, found)
+    return chain, found
+
+
+def _first(model: nn.Module, example: Value | None, use: Callable[[Chain], Found]) -> Found:
+    """What is made of a model's layers, seen in the first way that serves."""
+    failures = []
     for make in _chains(model, example):
         try:
-            chain = make()
-            if isinstance(by, str):
-                cuts = _balanced(chain, model, num_stages, by, example)
-            else:
-                cuts = _named(chain, model, by)
+            return use(make())
         except SplitError as error:
-            failure = failure or error
-        else:
-            _check(chain, model, cuts)
-            return chain, cuts
-    assert failure is not None
-    raise failure
+            failures.append(error)
+    raise failures[0]
 
 
 def _named(chain: Chain, model: nn.Module, by: Sequence[int | str]) -> list[int]:
@@ -290,7 +298,8 @@ def _balanced(
             layers = listed([chain.names[start] for start in starts])
             raise SplitError(
                 f"num_stages={num_stages} is too many for this {type(model).__name__}: the stages"
-                f" that train can begin at {len(starts)} of its layers only ({layers})"
+                f" that train can begin at {len(starts)} of its layers only ({layers}); layers with"
+                " nothing to train stay with a neighbour, and layers with shared weights together"
             )
     bounds = list(pairwise([*starts, len(chain.names)]))
     if by == "parameters":

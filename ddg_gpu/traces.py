@@ -36,7 +36,7 @@ def by_mode(training: bool, in_training: object, in_evaluation: object) -> objec
 
 
 def graph_module(
-    graph: fx.Graph, attributes: Mapping[str, Any], persistent: Container[str]
+    graph: fx.Graph, attributes: Mapping[str, Any], persistent: Container[str] = ()
 ) -> fx.GraphModule:
     """A graph as a module that shares what its targets name.
 
@@ -46,8 +46,17 @@ def graph_module(
         persistent: names of what the model saves in its state_dict.
     """
     targets = {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}
+    shared = {
+        part: set(part._non_persistent_buffers_set)
+        for target in targets
+        if isinstance(attributes[target], nn.Module)
+        for part in attributes[target].modules()
+    }
     module = fx.GraphModule({target: attributes[target] for target in targets}, graph)
     for owner, part in module.named_modules():
+        if part in shared:
+            part._non_persistent_buffers_set = shared[part]
+            continue
         for name, _ in part.named_buffers(recurse=False):
             # fx makes a saved buffer of every tensor.
             if f"{owner}.{name}".lstrip(".") not in persistent:

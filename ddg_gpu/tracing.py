@@ -67,36 +67,52 @@ def _traced(
 
     Tracing begins anew whenever it must know a value, for nothing can be run meanwhile.
     """
-    forms: dict[str, Any] = {}
+    forms: dict[Form, Any] = {}
     while True:
         tracer = _Tracer(example, opaque, forms)
         with undisturbed(model, training=training):
             try:
-                return tracer.trace(model), tracer.constants
+                graph = tracer.trace(model)
             except _Unknown:
                 pass
-        with undisturbed(model, training=training), torch.no_grad():
-            forms |= _forms(
-                tracer.graph, attributes_of(tracer.graph, model, tracer.constants), model, example
-            )
+            else:
+                _forget_questions(graph)
+                return graph, tracer.constants
+        attributes = attributes_of(tracer.graph, model, tracer.constants)
+        with undisturbed(model, training=False), torch.no_grad():
+            forms |= _forms(tracer.graph, attributes, example)
 
 
-def _forms(
-    traced: fx.Graph, attributes: Mapping[str, Any], model: nn.Module, example: Value
-) -> dict[str, Any]:
-    """What is said of form in an unfinished graph, by the node's name, for every batch size."""
+Form = tuple[str, bool]
+"""A node's name, and whether its length is meant, or its value."""
+
+
+def _forms(traced: fx.Graph, attributes: Mapping[str, Any], example: Value) -> dict[Form, Any]:
+    """What is known of form in an unfinished graph, and `_VARIES` what depends on the batch."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in traced.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    asked = [node for node in traced.nodes if _says_form(node)]
-    graph.output(tuple(copies[node] for node in asked))
-    run = graph_module(graph, attributes, set(model.state_dict()))
-    run.training = model.training
-    small, large = (run(batch_of(example, size)) for size in SIZES)
-    return {
-        node.name: a if a == b else _VARIES for node, a, b in zip(asked, small, large, strict=True)
-    }
+    graph.output(tuple(copies.values()))
+    run = graph_module(graph, attributes)
+    found: dict[Form, Any] = {}
+    runs = [run(batch_of(example, size)) for size in (1, *SIZES)]
+    for node, *values in zip(traced.nodes, *runs, strict=True):
+        if _is_decided(node):  # a tensor of several values decides nothing
+            first, *others = map(_plain, values)
+            found[node.name, False] = _VARIES if any(first != v for v in others) else first
+        lengths = {
+            len(v) if isinstance(v, tuple | list) or (isinstance(v, Tensor) and v.dim()) else -1
+            for v in values
+        }
+        found[node.name, True] = lengths.pop() if len(lengths) == 1 else _VARIES
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else _VARIES
+    return value
 
 
 _VARIES = object()
@@ -120,7 +136,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(
-        self, example: Value, opaque: set[type[nn.Module]], forms: Mapping[str, Any]
+        self, example: Value, opaque: set[type[nn.Module]], forms: Mapping[Form, Any]
     ) -> None:
         super().__init__()
         self.constants: dict[str, Tensor] = {}
@@ -141,7 +157,10 @@ class _Tracer(fx.Tracer):
         inputs = self.create_proxy("placeholder", "inputs", (), {})
         if isinstance(self._example, Tensor):
             return root_fn, [self.root, inputs]
-        return root_fn, [self.root, *(inputs[i] for i in range(len(self._example)))]
+        return root_fn, [
+            self.root,
+            *(operator.getitem(inputs, i) for i in range(len(self._example))),
+        ]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if type(m) in self._opaque:
@@ -156,42 +175,62 @@ class _Tracer(fx.Tracer):
         except Exception as error:
             raise _Opaque(m, first_line(error)) from error
 
+    def create_arg(self, a: Any) -> Any:
+        return a.node if type(a) is _ShapedProxy else super().create_arg(a)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _ShapedProxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self.known(obj))
 
-    def known(self, proxy: fx.Proxy) -> Any:
-        """The value of a proxy that follows from the example's shapes, whatever the batch size."""
-        node = proxy.node
-        if not _says_form(node):
+    def known(self, proxy: fx.Proxy, length: bool = False) -> Any:
+        """A value, or its length, that follows from the example's shapes, whatever the batch."""
+        inside = isinstance(
+            self.root.get_submodule(next(reversed(self.module_stack), "")), _CONTAINERS
+        )
+        if not (length or _says_form(proxy.node) or (inside and _is_decided(proxy.node))):
             raise fx.proxy.TraceError("its control flow depends on the values of a tensor")
-        if node.name not in self._forms:
+        form = proxy.node.name, length
+        if form not in self._forms:
             raise _Unknown
-        if self._forms[node.name] is _VARIES:
+        if self._forms[form] is _VARIES:
             raise fx.proxy.TraceError("its control flow depends on the batch size")
-        return self._forms[node.name]
+        if length and self._forms[form] < 0:
+            raise fx.proxy.TraceError("it takes a value apart that has no length")
+        return self._forms[form]
 
 
 class _ShapedProxy(fx.Proxy):
     """A proxy that knows lengths and sizes that are the same for every batch."""
 
-    def _known(self) -> Any:
-        assert isinstance(self.tracer, _Tracer)
-        return self.tracer.known(self)
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What `isinstance` takes it for, since models ask whether they were given a tensor."""
+        return _ShapedProxy if _says_form(self.node) else Tensor
 
     def __len__(self) -> int:
-        return len(self._known())
+        assert isinstance(self.tracer, _Tracer)
+        return int(self.tracer.known(self, length=True))
 
     def __index__(self) -> int:
-        return operator.index(self._known())
+        assert isinstance(self.tracer, _Tracer)
+        return operator.index(self.tracer.known(self))
 
     def __iter__(self) -> Iterator[Any]:
-        try:
-            return iter(super().__iter__())  # unpacking to names keeps the sizes symbolic
-        except fx.proxy.TraceError:
-            return iter([self[index] for index in range(len(self))])
+        return iter([operator.getitem(self, index) for index in range(len(self))])
+
+
+def _is_decided(node: fx.Node) -> bool:
+    """Whether a value depends on shapes and buffers only.
+
+    A buffer may change, so that this decides nothing but whether a mask, which torch's
+    transformers look at, is causal.
+    """
+    if node.op == "get_attr" or _says_form(node):
+        return True
+    calls = node.op in ("call_function", "call_method")
+    return calls and all(map(_is_decided, node.all_input_nodes))
 
 
 def _says_form(node: fx.Node) -> bool:
@@ -203,6 +242,13 @@ def _says_form(node: fx.Node) -> bool:
     if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
         return bool(node.all_input_nodes) and all(map(_says_form, node.all_input_nodes))
     return False
+
+
+def _forget_questions(graph: fx.Graph) -> None:
+    """Remove what was only asked of form, of which the modes may ask different things."""
+    for node in reversed(graph.nodes):
+        if not node.users and (node.op == "get_attr" or _says_form(node)):
+            graph.erase_node(node)
 
 
 def _merged(training: fx.Graph, evaluation: fx.Graph, model: nn.Module) -> fx.Graph:
