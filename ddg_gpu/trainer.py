@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ddg_gpu.boundaries import Boundary, boundaries
 from ddg_gpu.execute import LocalTransport, Transport, timeline
 from ddg_gpu.messages import message_buffer
+from ddg_gpu.options import USUAL, StageOptions
 from ddg_gpu.session import Session
-from ddg_gpu.stage import Stage, StageOptions
+from ddg_gpu.stage import Stage
 from ddg_gpu.step import OptimizerFactory
 from ddg_gpu.transport import GlooTransport
 from ddg_gpu.value import Value, members
@@ -82,7 +83,7 @@ class Trainer:
         timeout: float = 120.0,
         seed: int = 0,
         heads: Sequence[nn.Module] | None = None,
-        options: StageOptions = StageOptions(),
+        options: StageOptions = USUAL,
     ) -> None:
         if len(modules) != schedule.num_stages:
             raise ValueError(
