@@ -31,8 +31,19 @@ if TYPE_CHECKING:  # torch loads in seconds; commands that do not train must not
     from ddg_gpu.job import Job
     from ddg_gpu.validate import Comparison
 
-Model = Annotated[str, typer.Option(help="Network: mlp, resnet8, resnet20, resnet56 or resnet110.")]
-Data = Annotated[str, typer.Option(help="digits, or the path of CIFAR-10 or a folder of images.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Network: mlp, resnet8, resnet20, resnet56, resnet110, revnet16, revnet40; of text"
+        " gpt-tiny or gpt-tiny-tied."
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="digits, text, or the path of CIFAR-10, of a folder of images or of a .txt file."
+    ),
+]
 Stages = Annotated[int, typer.Option(min=1, help="Number of stages K.")]
 BatchSize = Annotated[
     int, typer.Option(min=1, help="Examples per mini-batch, or per micro-batch of a method's.")

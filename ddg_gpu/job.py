@@ -132,7 +132,7 @@ def network(job: Job, dataset: Dataset) -> Network:
         CheckpointError: if the weights to start from cannot be used.
     """
     model = models.build(job.model, dataset.input_shape, dataset.classes, job.seed)
-    example = torch.zeros(1, *dataset.input_shape)
+    example = dataset.example
     if job.cuts is None:
         cuts = tuple(balanced_cuts(layer_costs(model, example), job.stages))
     else:

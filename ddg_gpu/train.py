@@ -154,7 +154,7 @@ def one_thread() -> Iterator[None]:
 
 
 def evaluate(model: nn.Sequential, dataset: Dataset, batch_size: int = 500) -> float:
-    """Fraction of the test examples that a model classifies correctly.
+    """Fraction of the test examples (of a text: its characters) that a model gets right.
 
     Args:
         model: the network; it is left in evaluation mode.
@@ -166,5 +166,5 @@ def evaluate(model: nn.Sequential, dataset: Dataset, batch_size: int = 500) -> f
     with torch.inference_mode():
         for inputs, targets in dataset.test_batches(batch_size):
             correct += int((model(inputs).argmax(dim=1) == targets).sum())
-            total += len(targets)
+            total += targets.numel()
     return correct / total
