@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ddg_gpu.step import Motion
+from ddg_gpu.value import Value
 from ddg_sim.rule import Activations, Jacobian, Rule, TransformKind
 
 Weights = dict[str, Tensor]
@@ -177,8 +178,10 @@ class VersionStore:
         }
 
 
-def call(stage: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -> Any:
+def call(stage: nn.Module, weights: Mapping[str, Tensor], inputs: Value) -> Any:
     """Run a module forward on the given weights instead of its own; buffers stay its own.
+
+    The module takes one argument: a tuple is passed as one.
 
     >>> import torch
     >>> stage = nn.Linear(1, 1, bias=False)
