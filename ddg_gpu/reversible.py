@@ -43,6 +43,8 @@ class Coupling(nn.Module):
 def is_reversible(module: nn.Module) -> bool:
     """Whether a layer, or every layer of a sequence, has an inverse.
 
+    The inverse must not draw random numbers, for it would draw other ones than the layer did.
+
     >>> layer = Coupling(nn.Identity(), nn.Identity())
     >>> is_reversible(nn.Sequential(layer, layer)), is_reversible(nn.Sequential(layer, nn.ReLU()))
     (True, False)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddg_gpu.reversible import Inverse, is_reversible
 from ddg_gpu.step import OptimizerFactory, Step
 from ddg_gpu.value import Value, checked, detached, floating, like, members
 from ddg_gpu.weights import VersionStore, Weights, call
@@ -26,6 +27,8 @@ class InFlight:
     targets: Value | None
     version: int
     weights: Weights
+    #: Of a last stage that will be reversed: its output, which nobody sends back.
+    outputs: Value = ()
     #: Of the graph: the floating-point members of the activation, or the loss where there is one.
     roots: tuple[Tensor, ...] = ()
 
@@ -76,6 +79,9 @@ class Stage:
             )
         self._trained = module if self._head is None else _Headed(module, self._head)
         self._activations = rule.activations
+        self._reconstructs = self._activations is Activations.RECONSTRUCT
+        reverses = self._reconstructs and is_reversible(module)
+        self._inverse = Inverse(module) if reverses else None
         shrink = rule.values(TransformKind.SHRINK)
         self._shrink = shrink[0] if shrink else None
         self._parameters = [p for p in self._trained.parameters() if p.requires_grad]
@@ -112,25 +118,18 @@ class Stage:
             ValueError: if the data or the activation is neither a tensor nor a tuple of tensors,
                 or if no error can flow back through what the previous stage gave.
         """
-        inputs = detached(checked(inputs, f"stage {self.index}: the input"))
-        if self._sends_error:
-            flowing = floating(inputs)
-            if not flowing:
-                raise ValueError(
-                    f"stage {self.index}: the input has no floating-point tensor, so that stage"
-                    f" {self.index - 1} gets no error: cut the network elsewhere"
-                )
-            for tensor in flowing:
-                tensor.requires_grad_()
+        inputs = self._leaves(checked(inputs, f"stage {self.index}: the input"))
         sample = InFlight(inputs, targets, op.version, self._store.forward(op.version))
         if self._activations is Activations.NEWEST:
             self._in_flight.clear()
         self._in_flight[op.sample] = sample
-        keeps_graph = self._activations is not Activations.INPUT
+        keeps_graph = self._activations in (Activations.GRAPH, Activations.NEWEST)
         with torch.set_grad_enabled(keeps_graph):
             output = self._run(op, sample, sample.weights)
         if not keeps_graph:
             sample.roots = ()
+        if self._inverse is not None:
+            sample.inputs, sample.outputs = (), output if self.is_last else ()
         return output
 
     def recompute(self, op: Op) -> None:
@@ -142,8 +141,7 @@ class Stage:
         sample = self._in_flight[op.sample]
         sample.weights = self._store.again(sample.version, op.version)
         sample.version = op.version
-        buffers = {name: buffer.clone() for name, buffer in self._trained.named_buffers()}
-        self._run(op, sample, {**sample.weights, **buffers})
+        self._run(op, sample, {**sample.weights, **self._spare_buffers()})
 
     def backward(self, op: Op, error: Value | None = None) -> Value | None:
         """Differentiate a sample; keeps the weights' gradients for the update.
@@ -155,10 +153,12 @@ class Stage:
             op: a backward operation, or one of its halves.
             error: (B, ...) gradient of the loss by this stage's activation, a tensor per
                 floating-point member; None where the stage has a loss, and for the second half.
+                Where activations are reconstructed: (2, B, ...) the activation, and its gradient.
 
         Returns:
             (B, ...) the gradient of the loss by the stage's input, a tensor per floating-point
-            member: zeros where the loss does not depend on it; None if nobody needs it.
+            member: zeros where the loss does not depend on it; None if nobody needs it. Where
+            activations are reconstructed: (2, B, ...) the input, and its gradient.
 
         Raises:
             ScheduleError: if the error of a sample does not fit the newest one's activations.
@@ -168,6 +168,8 @@ class Stage:
             sample, error = self._halves.pop(op.sample)
         else:
             sample = self._take(op, error)
+            if self._reconstructs:
+                error = self._reconstruct(op, sample, error)
             if error is not None and self._shrink is not None:
                 error = like(tuple(self._shrink * part for part in members(error)), error)
         weights: list[Tensor] = []
@@ -186,9 +188,10 @@ class Stage:
         if not inputs:
             return None
         own = zip(found[len(weights) :], inputs, strict=True)
-        return like(
-            tuple(torch.zeros_like(x) if part is None else part for part, x in own), sample.inputs
-        )
+        sent = tuple(torch.zeros_like(x) if part is None else part for part, x in own)
+        if self._reconstructs:
+            return torch.stack([*inputs, *sent]).detach()
+        return like(sent, sample.inputs)
 
     def update(self, op: Op) -> None:
         """Apply the mean gradient of all samples up to the operation's that were not applied yet.
@@ -202,6 +205,53 @@ class Stage:
         self._store.updated(self._step(gradients, op.version - 1))
         if self._store.newest != op.version:
             raise RuntimeError(f"{op} produced version {self._store.newest}")
+
+    def _leaves(self, inputs: Value) -> Value:
+        """An input where graphs begin; the previous stage gets the gradient of each float."""
+        inputs = detached(inputs)
+        if self._sends_error:
+            flowing = floating(inputs)
+            if not flowing:
+                raise ValueError(
+                    f"stage {self.index}: the input has no floating-point tensor, so that stage"
+                    f" {self.index - 1} gets no error: cut the network elsewhere"
+                )
+            if self._reconstructs and not isinstance(inputs, Tensor):
+                raise ValueError(
+                    f"stage {self.index}: what is reconstructed must be one tensor, not a tuple:"
+                    " cut the network elsewhere"
+                )
+            for tensor in flowing:
+                tensor.requires_grad_()
+        return inputs
+
+    def _spare_buffers(self) -> Weights:
+        """Buffers that a second forward pass may change."""
+        return {name: buffer.clone() for name, buffer in self._trained.named_buffers()}
+
+    def _reconstruct(self, op: Op, sample: InFlight, received: Value | None) -> Value | None:
+        """Run a sample forward again, on the input that follows from its output.
+
+        A stage that is not reversible has kept its input. All happens at the weights that the
+        backward operation reads; buffers do not change.
+
+        Returns:
+            The error of what was received; None at the last stage.
+        """
+        sample.weights = self._store.again(sample.version, op.version)
+        sample.version = op.version
+        outputs, error = sample.outputs, None
+        if received is not None:
+            assert isinstance(received, Tensor)
+            outputs, error = received.unbind()
+        if self._inverse is not None:
+            state = {**sample.weights, **self._spare_buffers()}
+            with torch.no_grad():
+                named = {f"body.{name}": tensor for name, tensor in state.items()}
+                sample.inputs = self._leaves(call(self._inverse, named, outputs))
+            sample.outputs = ()
+        self._run(op, sample, {**sample.weights, **self._spare_buffers()})
+        return error
 
     @property
     def _keeps_newest(self) -> bool:
@@ -255,17 +305,19 @@ def refuse(schedule: Schedule, stage: int) -> None:
     Raises:
         ScheduleError: naming the first such part of the schedule.
 
-    >>> from ddg_sim.methods import petra
-    >>> refuse(petra(2), 0)
+    >>> from ddg_sim.methods import dp
+    >>> refuse(dp(1), 0)
     Traceback (most recent call last):
     ...
-    ddg_sim.schedule.ScheduleError: petra: the torch backend does not know activations=reconstruct
+    ddg_sim.schedule.ScheduleError: dp: the torch backend does not run all-reduce operations
     """
     rule, name = schedule.rule, schedule.method
     kinds = {template.kind for template in schedule.templates()}
     unknown: str | None = None
-    if rule.activations is Activations.RECONSTRUCT:
-        unknown = "activations=reconstruct"
+    if rule.activations is Activations.RECONSTRUCT and rule.gradient is Gradient.LOCAL:
+        unknown = "reconstructed activations with local losses, for nothing brings outputs back"
+    elif rule.activations is Activations.RECONSTRUCT and OpKind.RECOMPUTE in kinds:
+        unknown = "reconstructed activations recomputed"
     elif tied := rule.values(TransformKind.TIED):
         unknown = f"tied={','.join(f'{number:g}' for number in tied)}"
     elif rule.values(TransformKind.PREDICT_FORWARD) and rule.jacobian is Jacobian.STASHED:

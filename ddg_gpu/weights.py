@@ -78,7 +78,7 @@ class VersionStore:
         }
         self._behind = number(TransformKind.DISCREPANCY, offset=1)
         self._stash = stale and rule.jacobian is Jacobian.STASHED
-        overwritten = stale and rule.activations is not Activations.INPUT
+        overwritten = stale and rule.activations not in (Activations.INPUT, Activations.RECONSTRUCT)
         corrected = bool(any(self._ahead.values()) or self._behind)
         works = not self._stash and (overwritten or corrected or lag > 0)
         self._working = self._copy(self._parameters) if works else None
