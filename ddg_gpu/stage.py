@@ -33,6 +33,26 @@ class InFlight:
     roots: tuple[Tensor, ...] = ()
 
 
+@dataclass(slots=True)
+class _Sum:
+    """Gradients of the samples of one update, added as they come; None where there are none."""
+
+    count: int = 0
+    total: tuple[Tensor | None, ...] = ()
+
+    def add(self, found: tuple[Tensor | None, ...]) -> None:
+        # Not in place: what autograd returns may also be the error that is on its way.
+        if self.count:
+            pairs = zip(self.total, found, strict=True)
+            found = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
+        self.count, self.total = self.count + 1, found
+
+    def mean(self) -> list[Tensor | None]:
+        if self.count == 1:
+            return list(self.total)
+        return [None if total is None else total / self.count for total in self.total]
+
+
 class Stage:
     """A stage that runs a schedule's operations on its weights.
 
@@ -95,7 +115,8 @@ class Stage:
             lag=max(lags),
             rate=lambda: self._step.rate,
         )
-        self._gradients: dict[int, tuple[Tensor | None, ...]] = {}  # by sample
+        self._per_update = schedule.samples_per_iteration
+        self._sums: dict[int, _Sum] = {}  # of gradients, by update
         self._in_flight: dict[int, InFlight] = {}
         self._halves: dict[int, tuple[InFlight, Value | None]] = {}  # with the error that came
         self._seed = seed
@@ -183,7 +204,7 @@ class Stage:
         again = op.kind is OpKind.BACKWARD_INPUT or self._keeps_newest
         found = _gradients(sample.roots, error, [*weights, *inputs], again)
         if op.kind is not OpKind.BACKWARD_INPUT:
-            self._gradients[op.sample] = found[: len(weights)]
+            self._sums.setdefault(op.sample // self._per_update, _Sum()).add(found[: len(weights)])
             self._store.release(sample.version)
         if not inputs:
             return None
@@ -194,13 +215,11 @@ class Stage:
         return like(sent, sample.inputs)
 
     def update(self, op: Op) -> None:
-        """Apply the mean gradient of all samples up to the operation's that were not applied yet.
+        """Apply the mean gradient of the samples of an update: those that enter in one iteration.
 
         The learning rate is the one in force now.
         """
-        samples = [sample for sample in sorted(self._gradients) if sample <= op.sample]
-        found = [self._gradients.pop(sample) for sample in samples]
-        gradients = [_mean(list(own)) for own in zip(*found, strict=True)]
+        gradients = self._sums.pop(op.sample // self._per_update).mean()
         self._store.updating()
         self._store.updated(self._step(gradients, op.version - 1))
         if self._store.newest != op.version:
@@ -353,14 +372,6 @@ def _gradients(
         return (None,) * len(leaves)
     outputs, given = zip(*grown, strict=True)
     return torch.autograd.grad(outputs, leaves, given, retain_graph=again, allow_unused=True)
-
-
-def _mean(gradients: list[Tensor | None]) -> Tensor | None:
-    """Mean over samples; None where the loss does not depend on the parameter."""
-    present = [gradient for gradient in gradients if gradient is not None]
-    if not present:
-        return None
-    return present[0] if len(gradients) == 1 else torch.stack(present).sum(0) / len(gradients)
 
 
 @contextmanager
