@@ -130,8 +130,8 @@ def train(
     method: Annotated[
         str,
         typer.Argument(
-            help="Training method; ddg simulate --help lists them. All run but petra, ouroboros,"
-            " pd-asgd and dp."
+            help="Training method; ddg simulate --help lists them. All run but pd-asgd"
+            " and dp; ouroboros needs gpt-tiny-tied, petra revnet16."
         ),
     ],
     stages: Stages,

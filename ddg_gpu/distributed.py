@@ -24,6 +24,7 @@ from ddg_gpu.processes import Progress, Report, run_together
 from ddg_gpu.stage import Stage
 from ddg_gpu.transport import GlooTransport, Stream
 from ddg_sim.lowering import Message, channels, instructions, slots
+from ddg_sim.rule import Activations
 from ddg_sim.schedule import Schedule
 
 
@@ -67,7 +68,8 @@ def run_worker(
         for index in range(schedule.num_stages)
         if schedule.worker_of(index) == rank
     }
-    shape = message_shape(parts.boundaries, batches)
+    reconstructs = schedule.rule.activations is Activations.RECONSTRUCT
+    shape = message_shape(parts.boundaries, batches, reconstructs)
     iterations = num_iterations(job, batches)
     record = run_stages(schedule, rank, stages, batches, shape, iterations, timeout, on_sample)
     weights = {

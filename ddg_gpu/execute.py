@@ -80,6 +80,8 @@ def work(
         record: takes a span per operation.
         on_sample: called with each sample that the last stage has finished.
     """
+    for stage in stages.values():
+        stage.tie(stages)
     values: dict[Key, Any] = {}
     for instruction in program:
         match instruction:

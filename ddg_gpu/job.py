@@ -14,11 +14,13 @@ from torch import nn
 from ddg_gpu import checkpoint, models
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.partition import balanced_cuts, layer_costs, split
+from ddg_gpu.reversible import is_reversible
 from ddg_gpu.stage import Stage
 from ddg_gpu.step import OptimizerFactory
+from ddg_sim.dependencies import Relation
 from ddg_sim.lowering import Message
 from ddg_sim.methods import Semantics, method
-from ddg_sim.rule import Activations, Gradient
+from ddg_sim.rule import Activations, Gradient, TransformKind
 from ddg_sim.schedule import Schedule, Sync
 
 OPTIMIZERS = ("sgd", "adam")
@@ -132,7 +134,11 @@ def network(job: Job, dataset: Dataset) -> Network:
         CheckpointError: if the weights to start from cannot be used.
     """
     model = models.build(job.model, dataset.input_shape, dataset.classes, job.seed)
-    example = dataset.example
+    example, rule = dataset.example, job.schedule().rule
+    if rule.activations is Activations.RECONSTRUCT and not any(map(is_reversible, model)):
+        raise ValueError(
+            f"model {job.model!r} has no layer that {job.method} can reverse: take revnet16"
+        )
     if job.cuts is None:
         cuts = tuple(balanced_cuts(layer_costs(model, example), job.stages))
     else:
@@ -143,7 +149,7 @@ def network(job: Job, dataset: Dataset) -> Network:
                 f" {'index' if job.stages == 2 else 'indices'} for stages {job.stages},"
                 f" got {list(cuts)}"
             )
-    modules = split(model, cuts)
+    modules = split(model, cuts, tied=[int(k) for k in rule.values(TransformKind.TIED)])
     if job.load is not None:
         checkpoint.load_into(model, job.load)
     return Network(model, modules, cuts, _boundaries(model, cuts, example), dataset.classes)
@@ -222,12 +228,14 @@ def make_stage(job: Job, schedule: Schedule, parts: Network, index: int) -> Stag
 
 
 def message_shape(
-    boundaries: Sequence[torch.Size], batches: Batches
+    boundaries: Sequence[torch.Size], batches: Batches, reconstructs: bool = False
 ) -> Callable[[Message], torch.Size]:
     """Shape of a message: that of the activation at the boundary it crosses, for its batch."""
 
     def shape(message: Message) -> torch.Size:
         boundary = boundaries[min(message.source, message.target)]
-        return torch.Size((batches.size(message.sample), *boundary))
+        both = reconstructs and message.relation is Relation.GRADIENT
+        pair = (2,) if both else ()  # the activation comes back with its gradient
+        return torch.Size((*pair, batches.size(message.sample), *boundary))
 
     return shape

@@ -62,15 +62,15 @@ def build(name: str, input_shape: tuple[int, ...], classes: int, seed: int = 0) 
     """
     if name not in MODELS:
         raise ValueError(f"name={name!r} is not a known model; known are {', '.join(MODELS)}")
-    dimensions, wanted = (1, "(characters,)") if name in _GPTS else (3, "(channels, height, width)")
+    reads, data, dimensions = ("text", "text", 1) if name in _GPTS else ("images", "digits", 3)
     if len(input_shape) != dimensions:
         others = IMAGE_MODELS if name in _GPTS else TEXT_MODELS
         raise ValueError(
-            f"name={name!r} needs input_shape {wanted}, got {input_shape!r}:"
-            f" take {', '.join(others[:-1])} or {others[-1]}, or other data"
+            f"name={name!r} reads {reads}, not input_shape={input_shape!r}: take data such as"
+            f" {data!r}, or the model {' or '.join(others[:2])}"
         )
     if min(input_shape) < 1:
-        raise ValueError(f"input_shape={input_shape!r} is not {wanted}, all >= 1")
+        raise ValueError(f"input_shape={input_shape!r} must be at least 1 everywhere")
     if classes < 1:
         raise ValueError(f"classes={classes!r} must be at least 1")
     # Seeded on the CPU generator itself: torch.manual_seed would reseed the CUDA generators too,

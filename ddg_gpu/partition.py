@@ -15,12 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 FLOPS_PER_ELEMENT = 200
 
 
-def split(model: nn.Sequential, cuts: Sequence[int]) -> list[nn.Sequential]:
+def split(
+    model: nn.Sequential, cuts: Sequence[int], tied: Sequence[int] = ()
+) -> list[nn.Sequential]:
     """Cut a model before the layers with these indices; the stages share its parameters.
 
     Args:
         model: a sequence of L layers.
         cuts: K-1 increasing indices in 1..L-1, the first layer of stages 1..K-1.
+        tied: two stages that may share parameters.
 
     Raises:
         ValueError: naming ``cuts`` if they are not increasing and within the model, or separate
@@ -39,10 +42,11 @@ def split(model: nn.Sequential, cuts: Sequence[int]) -> list[nn.Sequential]:
     home: dict[int, int] = {}
     for index, stage in enumerate(stages):
         for name, parameter in stage.named_parameters():
-            if home.setdefault(id(parameter), index) != index:
+            other = home.setdefault(id(parameter), index)
+            if other != index and not {other, index} <= set(tied):
                 raise ValueError(
                     f"cuts {list(cuts)} separate layers that share a parameter: {name!r} of stage"
-                    f" {index} is also in stage {home[id(parameter)]}"
+                    f" {index} is also in stage {other}: only ouroboros' first and last may"
                 )
     return stages
 

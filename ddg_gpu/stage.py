@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +99,7 @@ class Stage:
             )
         self._trained = module if self._head is None else _Headed(module, self._head)
         self._activations = rule.activations
+        self._stashes = rule.jacobian is Jacobian.STASHED
         self._reconstructs = self._activations is Activations.RECONSTRUCT
         reverses = self._reconstructs and is_reversible(module)
         self._inverse = Inverse(module) if reverses else None
@@ -106,6 +107,8 @@ class Stage:
         self._shrink = shrink[0] if shrink else None
         self._parameters = [p for p in self._trained.parameters() if p.requires_grad]
         self._step = Step(self._parameters, optimizer, rule, index)
+        self.tied_to = tied_stage(schedule, index)
+        self._partner: Stage | None = None
         lags = (t.version_lag for t in schedule.templates() if t.stage == index)
         self._store = VersionStore(
             self._trained,
@@ -113,6 +116,7 @@ class Stage:
             index,
             stale=staleness(schedule)[index] > 0,
             lag=max(lags),
+            tied=self.tied_to is not None,
             rate=lambda: self._step.rate,
         )
         self._per_update = schedule.samples_per_iteration
@@ -127,6 +131,28 @@ class Stage:
         """Samples in flight, and weight versions held, now."""
         return len(self._in_flight.keys() | self._halves.keys()), self._store.count
 
+    def tie(self, stages: Mapping[int, Stage]) -> None:
+        """Find the stage with which this one shares weights, if the schedule ties it to one.
+
+        The two have one parameter, in both modules, and an optimizer each. Both update it, with
+        their own gradient, momentum and weight decay, each when the schedule says so.
+
+        Args:
+            stages: the stages of this process, by index.
+
+        Raises:
+            ScheduleError: if the two share no parameter.
+        """
+        if self.tied_to is None:
+            return
+        self._partner = stages[self.tied_to]
+        own = set(map(id, self._parameters))
+        if own.isdisjoint(map(id, self._partner._parameters)):
+            raise ScheduleError(
+                f"stages {self.index} and {self.tied_to} are tied, but share no parameter: take a"
+                " network whose first and last layers do, such as gpt-tiny-tied"
+            )
+
     def forward(self, op: Op, inputs: Value, targets: Value | None = None) -> Value:
         """Run a sample forward; returns the activation for the next stage, without a graph.
 
@@ -140,7 +166,8 @@ class Stage:
                 or if no error can flow back through what the previous stage gave.
         """
         inputs = self._leaves(checked(inputs, f"stage {self.index}: the input"))
-        sample = InFlight(inputs, targets, op.version, self._store.forward(op.version))
+        version = self._reads(op)
+        sample = InFlight(inputs, targets, version, self._store.forward(version))
         if self._activations is Activations.NEWEST:
             self._in_flight.clear()
         self._in_flight[op.sample] = sample
@@ -160,8 +187,7 @@ class Stage:
         on copies that are thrown away.
         """
         sample = self._in_flight[op.sample]
-        sample.weights = self._store.again(sample.version, op.version)
-        sample.version = op.version
+        self._read_again(op, sample)
         self._run(op, sample, {**sample.weights, **self._spare_buffers()})
 
     def backward(self, op: Op, error: Value | None = None) -> Value | None:
@@ -184,7 +210,7 @@ class Stage:
         Raises:
             ScheduleError: if the error of a sample does not fit the newest one's activations.
         """
-        self._store.differentiate(op.version)
+        self._store.differentiate(self._reads(op))
         if op.kind is OpKind.BACKWARD_WEIGHT:
             sample, error = self._halves.pop(op.sample)
         else:
@@ -221,8 +247,12 @@ class Stage:
         """
         gradients = self._sums.pop(op.sample // self._per_update).mean()
         self._store.updating()
+        if self._partner is not None:
+            self._partner._store.updating(self._parameters)
         self._store.updated(self._step(gradients, op.version - 1))
-        if self._store.newest != op.version:
+        if self._partner is not None:
+            self._partner._store.shared()
+        elif self._store.newest != op.version:
             raise RuntimeError(f"{op} produced version {self._store.newest}")
 
     def _leaves(self, inputs: Value) -> Value:
@@ -244,6 +274,16 @@ class Stage:
                 tensor.requires_grad_()
         return inputs
 
+    def _reads(self, op: Op) -> int:
+        """The version that an operation reads; those of tied stages count the updates of both."""
+        return op.version if self.tied_to is None else self._store.newest
+
+    def _read_again(self, op: Op, sample: InFlight) -> None:
+        """Take the weights that a second forward pass reads."""
+        version = sample.version if self._stashes else self._reads(op)
+        sample.weights = self._store.again(sample.version, version)
+        sample.version = version
+
     def _spare_buffers(self) -> Weights:
         """Buffers that a second forward pass may change."""
         return {name: buffer.clone() for name, buffer in self._trained.named_buffers()}
@@ -257,8 +297,7 @@ class Stage:
         Returns:
             The error of what was received; None at the last stage.
         """
-        sample.weights = self._store.again(sample.version, op.version)
-        sample.version = op.version
+        self._read_again(op, sample)
         outputs, error = sample.outputs, None
         if received is not None:
             assert isinstance(received, Tensor)
@@ -332,13 +371,16 @@ def refuse(schedule: Schedule, stage: int) -> None:
     """
     rule, name = schedule.rule, schedule.method
     kinds = {template.kind for template in schedule.templates()}
+    tied = tuple(map(int, rule.values(TransformKind.TIED)))
     unknown: str | None = None
     if rule.activations is Activations.RECONSTRUCT and rule.gradient is Gradient.LOCAL:
         unknown = "reconstructed activations with local losses, for nothing brings outputs back"
     elif rule.activations is Activations.RECONSTRUCT and OpKind.RECOMPUTE in kinds:
         unknown = "reconstructed activations recomputed"
-    elif tied := rule.values(TransformKind.TIED):
-        unknown = f"tied={','.join(f'{number:g}' for number in tied)}"
+    elif tied and schedule.worker_of(tied[0]) != schedule.worker_of(tied[1]):
+        unknown = f"tied stages {tied[0]} and {tied[1]} on two workers"
+    elif tied and any(template.version_lag for template in schedule.templates()):
+        unknown = "tied stages that read older weights"
     elif rule.values(TransformKind.PREDICT_FORWARD) and rule.jacobian is Jacobian.STASHED:
         unknown = "stashed weights that are predicted"
     elif rule.activations is Activations.NEWEST and rule.jacobian is Jacobian.STASHED:
@@ -372,6 +414,17 @@ def _gradients(
         return (None,) * len(leaves)
     outputs, given = zip(*grown, strict=True)
     return torch.autograd.grad(outputs, leaves, given, retain_graph=again, allow_unused=True)
+
+
+def tied_stage(schedule: Schedule, stage: int) -> int | None:
+    """The stage that shares weights with this one; or None.
+
+    >>> from ddg_sim.methods import ouroboros
+    >>> [tied_stage(ouroboros(3), stage) for stage in range(3)]
+    [2, None, 0]
+    """
+    tied = [int(number) for number in schedule.rule.values(TransformKind.TIED)]
+    return sum(tied) - stage if stage in tied else None
 
 
 @contextmanager

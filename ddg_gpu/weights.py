@@ -23,7 +23,7 @@ Whoever else holds on to ``parameter.data``, or captured its address, is left wi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,8 @@ class VersionStore:
         stale: whether updates happen between a sample's forward and its backward pass. If not, the
             live parameters serve, unless a correction says otherwise.
         lag: by how many updates the weights of a forward pass may be older than the newest.
+        tied: whether another stage updates some of the parameters too. Its updates count as
+            versions, see `shared`.
         rate: gives the learning rate in force, for predictions.
     """
 
@@ -66,6 +68,7 @@ class VersionStore:
         stage: int,
         stale: bool,
         lag: int = 0,
+        tied: bool = False,
         rate: Callable[[], float] = lambda: 0.0,
     ) -> None:
         def number(kind: TransformKind, offset: int = 0) -> float:
@@ -84,10 +87,11 @@ class VersionStore:
             False: number(TransformKind.PREDICT_BACKWARD),
         }
         self._behind = number(TransformKind.DISCREPANCY, offset=1)
+        stale = stale or tied  # for where the other's updates come is not counted there
         self._stash = stale and rule.jacobian is Jacobian.STASHED
         self._overtaken = stale and rule.activations in (Activations.GRAPH, Activations.NEWEST)
         corrected = bool(any(self._ahead.values()) or self._behind)
-        works = not self._stash and (corrected or lag > 0)
+        works = not self._stash and (corrected or lag > 0 or tied)  # for the other may move them
         self._working = self._copy() if works else None
         self._holds: tuple[int, float, float, float] = (0, 0.0, 0.0, 0.0)  # what is written there
 
@@ -123,20 +127,30 @@ class VersionStore:
             self._forget(self.newest)
 
     @torch.no_grad()
-    def updating(self) -> None:
-        """Let the optimizer change the live parameters: what is still read is left as it is."""
+    def updating(self, changed: Sequence[nn.Parameter] | None = None) -> None:
+        """Let the optimizer change the live parameters: what is still read is left as it is.
+
+        Args:
+            changed: which may change, if not all.
+        """
         self._forget(self.newest + 1)
         if self._lag and self.newest not in self._held:
             self._hold(self.newest)
         if self.newest in self._held:
+            moving = None if changed is None else set(map(id, changed))
             for name in self._trained:
                 parameter = self._parameters[name]
-                parameter.data = parameter.data.clone()
+                if moving is None or id(parameter) in moving:
+                    parameter.data = parameter.data.clone()
 
     def updated(self, motion: Motion | None = None) -> None:
         """Note that the optimizer has changed the live parameters, and how."""
         self.newest += 1
         self._motion = motion
+
+    def shared(self) -> None:
+        """Note that the optimizer of a tied stage has changed some live parameters."""
+        self.newest += 1
 
     @property
     def count(self) -> int:

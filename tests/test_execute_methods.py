@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from ddg_gpu.weights import VersionStore
 from ddg_sim.lowering import memory
 from ddg_sim.methods import METHODS, method
 from ddg_sim.notation import parse
-from ddg_sim.rule import Activations
+from ddg_sim.rule import Activations, TransformKind
 from ddg_sim.schedule import Op, Schedule, ScheduleError
 from theory.iterate import iterate
 from theory.problems import reversible_chain
@@ -136,6 +137,9 @@ def compare_with_numpy(schedule: Schedule, momentum: float) -> None:
             optimizers[self.index].param_groups[0]["lr"] = gammas[op.iteration]
             super().update(op)
 
+    tied = [int(k) for k in schedule.rule.values(TransformKind.TIED)]
+    if tied:
+        modules[tied[1]].weight = modules[tied[0]].weight
     stages = [
         Scheduled(module, k, schedule, make, loss=half_square, head=nn.Identity())
         for k, module in enumerate(modules)
@@ -147,7 +151,7 @@ def compare_with_numpy(schedule: Schedule, momentum: float) -> None:
     np.testing.assert_allclose(found, expected.w[-1, 0], rtol=0, atol=1e-11)
 
 
-REFUSED = ("ouroboros", "pd-asgd", "dp")
+REFUSED = ("pd-asgd", "dp")
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "fdg": [{"shrink": 0.7}],
     "dgl": [{"buffer": 1}],
@@ -177,6 +181,37 @@ def catalogue() -> list[Any]:
 @pytest.mark.parametrize("schedule", catalogue())
 def test_every_method_equals_the_numpy_executor(schedule: Schedule, momentum: float) -> None:
     compare_with_numpy(schedule, momentum)
+
+
+TIED = {
+    "stash": "activations=graph jacobian=stashed",
+    "current": "activations=graph jacobian=current",
+    "replay": "activations=input jacobian=current",
+    "replay-stash": "activations=input jacobian=stashed",
+    "reconstruct": "activations=reconstruct jacobian=current",
+    "predict": "activations=graph jacobian=current predict-forward=1,0,2",
+}
+
+
+@pytest.mark.parametrize("order", ["F0(t) F2(t) B0(t-2) U0(t-2) B2(t) U2(t)", None])
+@pytest.mark.parametrize("reading", TIED)
+def test_updates_of_a_tied_stage_come_between(reading: str, order: str | None) -> None:
+    """Between forward and backward passes of the other, with every reading of the weights."""
+    order = order or "F0(t) B0(t-3) U0(t-3) F2(t-1) B2(t-2) U2(t-2)"
+    middle = "F1(t) B1(t-1) U1(t-1)" if "B0(t-2)" in order else "F1(t-1) B1(t-3) U1(t-3)"
+    if "replay" in reading:
+        order, middle = (re.sub(r"B(\d\S+)", r"R\1 B\1", text) for text in (order, middle))
+    rule, _, transforms = TIED[reading].partition(" predict")
+    schedule = parse(
+        f"x stages=3 sync=none {rule} samples=1 tied=0,2{transforms and ' predict'}{transforms}\n"
+        f"worker 0: {order}\nworker 1: {middle}"
+    )
+    compare_with_numpy(schedule, momentum=0.7)
+
+
+def test_tied_stages_without_a_shared_parameter_are_refused() -> None:
+    with pytest.raises(ScheduleError, match="stages 0 and 2 are tied, but share no parameter"):
+        toy_run(method("ouroboros", 3))
 
 
 def toy_run(schedule: Schedule, iterations: int = 5, optimizer: Any = None) -> list[Stage]:
@@ -406,7 +441,10 @@ def test_held_samples_and_versions_equal_the_predicted_ones(schedule: Schedule) 
             "activations=reconstruct jacobian=current samples=1 gradient=local",
             "reconstructed activations with local losses",
         ),
-        ("activations=graph jacobian=stashed samples=1 tied=0,1", "does not know tied=0,1"),
+        (
+            "activations=graph jacobian=stashed samples=1 tied=0,1",
+            "tied stages 0 and 1 on two workers",
+        ),
         (
             "activations=graph jacobian=stashed samples=1 predict-forward=1,0",
             "does not know stashed weights that are predicted",

@@ -169,8 +169,8 @@ def test_convolutions_are_drawn_with_the_variance_that_relu_keeps() -> None:
         (("resnet18", CIFAR, 10), r"name='resnet18' .*known are mlp, resnet8, .*resnet110"),
         (("mlp", (3, 0, 32), 10), r"input_shape=\(3, 0, 32\)"),
         (("mlp", CIFAR, 0), r"classes=0 must be at least 1"),
-        (("mlp", (8,), 10), r"'mlp' needs .*got \(8,\): take gpt-tiny or gpt-tiny-tied"),
-        (("gpt-tiny", CIFAR, 10), r"'gpt-tiny' needs input_shape \(characters,\).*take mlp, "),
+        (("mlp", (8,), 10), r"'mlp' reads images, not .*=\(8,\): .*'digits', or .* gpt-tiny or"),
+        (("gpt-tiny", CIFAR, 10), r"'gpt-tiny' reads text, not .*'text', or the model mlp or"),
     ],
 )
 def test_bad_arguments_are_named(arguments: tuple[str, tuple[int, ...], int], text: str) -> None:
