@@ -25,7 +25,7 @@ from ddg_gpu.stage import Stage
 from ddg_gpu.transport import GlooTransport, Stream
 from ddg_sim.lowering import Message, channels, instructions, slots
 from ddg_sim.rule import Activations
-from ddg_sim.schedule import Schedule
+from ddg_sim.schedule import OpKind, Schedule, ScheduleError
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,31 @@ def run_worker(
     )
 
 
+def require_processes(schedule: Schedule) -> None:
+    """Refuse what can be trained in one process only.
+
+    Raises:
+        ScheduleError: naming the method.
+
+    >>> from ddg_sim.methods import pd_asgd
+    >>> require_processes(pd_asgd(2))
+    Traceback (most recent call last):
+    ...
+    ddg_sim.schedule.ScheduleError: pd-asgd: the two workers of stage 0 share its weights: take ...
+    """
+    if schedule.replicas > 1:
+        raise ScheduleError(
+            f"{schedule.method}: replicas {schedule.replicas} train in one process only: take the"
+            " serial executor"
+        )
+    for stage in range(schedule.num_stages):
+        if schedule.worker_of(stage, OpKind.FORWARD) != schedule.worker_of(stage):
+            raise ScheduleError(
+                f"{schedule.method}: the two workers of stage {stage} share its weights: take the"
+                " serial executor"
+            )
+
+
 def run_stages(
     schedule: Schedule,
     rank: int,
@@ -111,6 +136,7 @@ def run_stages(
     Raises:
         PeerLostError: if another worker is gone, or does not answer in time.
     """
+    require_processes(schedule)
     incoming: Counter[Stream] = Counter()
     outgoing: Counter[Stream] = Counter()
     for channel, buffers in zip(channels(schedule), slots(schedule), strict=True):

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ddg_gpu.replicas import ReplicaSamples, ReplicaStage
 from ddg_gpu.stage import Stage
-from ddg_sim.dependencies import Relation
+from ddg_sim.dependencies import TRAVELS, Relation
 from ddg_sim.lowering import Barrier, Instruction, Message, Receive, Send, instructions
 from ddg_sim.schedule import Op, OpKind, Schedule, ScheduleError
 from ddg_sim.timeline import Timeline, op_span, worker_lane
@@ -24,10 +25,10 @@ from ddg_sim.timeline import Timeline, op_span, worker_lane
 class Samples(Protocol):
     """Where the mini-batches come from; sample s must be the same in every process."""
 
-    def inputs(self, sample: int) -> Tensor:
+    def inputs(self, sample: int) -> Any:
         """Inputs of a sample, shape (B, ...)."""
 
-    def targets(self, sample: int) -> Tensor:
+    def targets(self, sample: int) -> Any:
         """Labels of a sample, shape (B,)."""
 
 
@@ -89,9 +90,10 @@ def work(
                 while not transport.ready(instruction):
                     yield
                 tensor = transport.receive(message)
-                if message.relation is not Relation.CREDIT:
+                if message.relation in TRAVELS:
                     values[message.relation, message.target, message.sample] = tensor
-            case Send(message=message) if message.relation is Relation.CREDIT:
+            case Send(message=message) if message.relation not in TRAVELS:
+                # Room for another activation; or what both workers find in the stage they share.
                 transport.send(message, torch.empty(CREDIT_SHAPE))
             case Send(message=message):
                 key = (message.relation, message.target, message.sample)
@@ -130,8 +132,8 @@ def _run(op: Op, stage: Stage, values: dict[Key, Any], samples: Samples) -> None
         stage.backward(op)
     elif op.kind is OpKind.UPDATE:
         stage.update(op)
-    else:
-        raise ScheduleError(f"{op}: the torch backend does not run {op.kind.noun} operations")
+    else:  # the update takes the mean over all replicas, which are all in this process
+        assert op.kind is OpKind.ALL_REDUCE
 
 
 class LocalTransport:
@@ -187,14 +189,18 @@ def run_serial(
     workers = range(len(schedule.workers))
     transport = LocalTransport(len(workers))
     records = [Record() for _ in workers]
+    held: Mapping[int, Any] = dict(enumerate(stages))
+    if (replicas := schedule.replicas) > 1:
+        samples = ReplicaSamples(samples, replicas)
+        held = {index: ReplicaStage(stage, replicas) for index, stage in held.items()}
     running = {
         worker: work(
             instructions(schedule, worker, iterations, drain),
-            dict(enumerate(stages)),
+            held,
             transport,
             samples,
             records[worker],
-            on_sample,
+            lambda sample: on_sample((sample + 1) * replicas - 1),
         )
         for worker in workers
     }

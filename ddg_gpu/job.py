@@ -174,18 +174,21 @@ def num_iterations(job: Job, batches: Batches) -> int:
     if job.iterations is not None:
         return job.iterations
     assert job.epochs is not None
-    return -(-job.epochs * batches.per_epoch // job.schedule().samples_per_iteration)
+    schedule = job.schedule()
+    return -(
+        -job.epochs * batches.per_epoch // (schedule.samples_per_iteration * schedule.replicas)
+    )
 
 
 def num_samples(job: Job, batches: Batches) -> int:
-    """Mini-batches, or micro-batches, that a job trains on.
+    """Mini-batches, or micro-batches, that a job trains on, on all replicas together.
 
     Raises:
         ValueError: if errors of one size would meet activations of another (see
             `Activations.NEWEST`), because the batch size does not divide the data.
     """
     schedule = job.schedule()
-    count = num_iterations(job, batches) * schedule.samples_per_iteration
+    count = num_iterations(job, batches) * schedule.samples_per_iteration * schedule.replicas
     if schedule.rule.activations is Activations.NEWEST and schedule.num_stages > 1:
         rest = {batches.size(sample) for sample in range(min(count, batches.per_epoch))}
         if len(rest) > 1:

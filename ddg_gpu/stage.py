@@ -109,17 +109,21 @@ class Stage:
         self._step = Step(self._parameters, optimizer, rule, index)
         self.tied_to = tied_stage(schedule, index)
         self._partner: Stage | None = None
-        lags = (t.version_lag for t in schedule.templates() if t.stage == index)
+        lag = max(t.version_lag for t in schedule.templates() if t.stage == index)
+        stale = staleness(schedule)[index]
+        if schedule.worker_of(index, OpKind.FORWARD) != schedule.worker_of(index):
+            lag += stale  # updates come before the forward passes that must not see them
         self._store = VersionStore(
             self._trained,
             rule,
             index,
-            stale=staleness(schedule)[index] > 0,
-            lag=max(lags),
+            stale=stale > 0,
+            lag=lag,
             tied=self.tied_to is not None,
             rate=lambda: self._step.rate,
         )
-        self._per_update = schedule.samples_per_iteration
+        self._replicas = schedule.replicas
+        self._per_update = schedule.samples_per_iteration * schedule.replicas
         self._sums: dict[int, _Sum] = {}  # of gradients, by update
         self._in_flight: dict[int, InFlight] = {}
         self._halves: dict[int, tuple[InFlight, Value | None]] = {}  # with the error that came
@@ -173,7 +177,8 @@ class Stage:
         self._in_flight[op.sample] = sample
         keeps_graph = self._activations in (Activations.GRAPH, Activations.NEWEST)
         with torch.set_grad_enabled(keeps_graph):
-            output = self._run(op, sample, sample.weights)
+            own = {} if op.sample % self._replicas == 0 else self._spare_buffers()
+            output = self._run(op, sample, {**sample.weights, **own})
         if not keeps_graph:
             sample.roots = ()
         if self._inverse is not None:
@@ -363,11 +368,11 @@ def refuse(schedule: Schedule, stage: int) -> None:
     Raises:
         ScheduleError: naming the first such part of the schedule.
 
-    >>> from ddg_sim.methods import dp
-    >>> refuse(dp(1), 0)
+    >>> from ddg_sim.methods import method
+    >>> refuse(method("sideways", 2, replicas=2), 0)
     Traceback (most recent call last):
     ...
-    ddg_sim.schedule.ScheduleError: dp: the torch backend does not run all-reduce operations
+    ddg_sim.schedule.ScheduleError: sideways: the torch backend does not know the newest ...
     """
     rule, name = schedule.rule, schedule.method
     kinds = {template.kind for template in schedule.templates()}
@@ -385,16 +390,14 @@ def refuse(schedule: Schedule, stage: int) -> None:
         unknown = "stashed weights that are predicted"
     elif rule.activations is Activations.NEWEST and rule.jacobian is Jacobian.STASHED:
         unknown = "the newest activations at stashed weights"
+    elif rule.activations is Activations.NEWEST and schedule.replicas > 1:
+        unknown = "the newest activations of several replicas"
     elif rule.activations is Activations.NEWEST and OpKind.RECOMPUTE in kinds:
         unknown = "the newest activations recomputed"
     if unknown is not None:
         raise ScheduleError(f"{name}: the torch backend does not know {unknown}")
     if flaw := rule.contradiction(schedule.num_stages):
         raise ScheduleError(f"{name}: {flaw}")
-    if OpKind.ALL_REDUCE in kinds:
-        raise ScheduleError(f"{name}: the torch backend does not run all-reduce operations")
-    if schedule.worker_of(stage, OpKind.FORWARD) != schedule.worker_of(stage):
-        raise ScheduleError(f"stage {stage}: the torch backend keeps a stage on one worker")
 
 
 def _gradients(

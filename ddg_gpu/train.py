@@ -11,7 +11,13 @@ from torch import nn
 
 from ddg_gpu.checkpoint import weights_sha256
 from ddg_gpu.data import Batches, Dataset
-from ddg_gpu.distributed import WorkerOutcome, run_processes, run_rank, under_torchrun
+from ddg_gpu.distributed import (
+    WorkerOutcome,
+    require_processes,
+    run_processes,
+    run_rank,
+    under_torchrun,
+)
 from ddg_gpu.execute import run_serial, timeline
 from ddg_gpu.job import Job, Network, make_stage, network, num_iterations, num_samples
 from ddg_gpu.processes import Progress, keep_freed_memory
@@ -89,6 +95,7 @@ def train(
         )
     if executor == "serial":
         return _train_serial(job, dataset, progress)
+    require_processes(job.schedule())
     _stages(job, dataset)  # a wrong argument shows here, not in K processes
     if under_torchrun():
         outcomes = run_rank(job, dataset, timeout)

@@ -112,7 +112,8 @@ def compare_with_numpy(schedule: Schedule, momentum: float) -> None:
     if schedule.rule.activations is Activations.RECONSTRUCT:
         chain = reversible_chain(schedule.num_stages, num_samples=5)
         make_module = partial(Crossed, strength=chain.layer.strength)
-    path = np.random.default_rng(3).integers(0, 5, ticks * schedule.samples_per_iteration)
+    samples = ticks * schedule.samples_per_iteration * schedule.replicas
+    path = np.random.default_rng(3).integers(0, 5, samples)
     gammas = np.random.default_rng(4).uniform(0.5 * RATE, 1.5 * RATE, ticks)
     expected = iterate(schedule, chain, path[None], gammas, momentum=momentum)  # type: ignore[arg-type]
     modules = [make_module(chain.start[block]) for block in chain.blocks]
@@ -151,7 +152,6 @@ def compare_with_numpy(schedule: Schedule, momentum: float) -> None:
     np.testing.assert_allclose(found, expected.w[-1, 0], rtol=0, atol=1e-11)
 
 
-REFUSED = ("pd-asgd", "dp")
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "fdg": [{"shrink": 0.7}],
     "dgl": [{"buffer": 1}],
@@ -159,6 +159,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "pb": [{"spike": True}, {"predict": True}, {"spike": True, "predict": True}],
     "pipedream": [{"vertical_sync": True}],
     "pipemare": [{"anneal": 4.0}, {"decay": 0.4}, {"anneal": 4.0, "decay": 0.4}],
+    "dp": [{"replicas": 3}],
+    "ddg": [{"replicas": 2}],
+    "ouroboros": [{"replicas": 2}],
     "petra": [{"accumulate": 2}],
     "pipedream-2bw": [{"micro_batches": 5}],
     "xpipe": [{"micro_batches": 1}, {"micro_batches": 3}],
@@ -169,7 +172,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 def catalogue() -> list[Any]:
     cases = []
     for name in METHODS:
-        for options in [{}, *OPTIONS.get(name, [])] if name not in REFUSED else []:
+        for options in [{}, *OPTIONS.get(name, [])]:
             for stages in (2, 4) if name == "interleaved" else (1, 2, 3, 4):
                 text = ",".join(f"{key}={value}" for key, value in options.items())
                 case = method(name, stages, **options)
