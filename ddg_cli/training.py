@@ -130,14 +130,14 @@ def train(
     method: Annotated[
         str,
         typer.Argument(
-            help="Training method; ddg simulate --help lists them. All run but pd-asgd"
-            " and dp; ouroboros needs gpt-tiny-tied, petra revnet16."
+            help="Training method; ddg simulate --help lists them. ouroboros needs gpt-tiny-tied,"
+            " petra revnet16."
         ),
     ],
     stages: Stages,
     model: Model,
     executor: Annotated[
-        str, typer.Option(help="serial: this process. distributed: a process per stage.")
+        str, typer.Option(help="serial: this process. distributed: a process per worker.")
     ] = "serial",
     data: Data = "digits",
     iterations: Annotated[
@@ -191,6 +191,10 @@ def train(
     predict: Annotated[
         bool, typer.Option("--predict", help="pb: linear weight prediction.", **_SOME)
     ] = False,
+    replicas: Annotated[
+        int | None,
+        typer.Option(max=1024, help="Copies that train on other mini-batches. [dp: 2]", **_SOME),
+    ] = None,
     anneal: Annotated[
         float | None, typer.Option(help="pipemare: updates of rescaled rates. [0]", **_SOME)
     ] = None,
@@ -244,6 +248,7 @@ def train(
         "vertical_sync": vertical_sync or None,
         "spike": spike or None,
         "predict": predict or None,
+        "replicas": replicas,
         "anneal": anneal,
         "decay": decay,
     }

@@ -124,7 +124,10 @@ def _stages(job: Job, dataset: Dataset) -> tuple[Network, list[Stage]]:
     """The network and its trainable stages, after all checks of the job."""
     num_samples(job, Batches(dataset, job.batch_size, job.seed))
     schedule, parts = job.schedule(), network(job, dataset)
-    return parts, [make_stage(job, schedule, parts, k) for k in range(job.stages)]
+    stages = [make_stage(job, schedule, parts, k) for k in range(job.stages)]
+    for stage in stages:
+        stage.tie(dict(enumerate(stages)))
+    return parts, stages
 
 
 def _assemble(job: Job, dataset: Dataset, outcomes: Sequence[WorkerOutcome]) -> Run:

@@ -212,6 +212,51 @@ def test_updates_of_a_tied_stage_come_between(reading: str, order: str | None) -
     compare_with_numpy(schedule, momentum=0.7)
 
 
+@pytest.mark.parametrize("delay", [1, 3])
+@pytest.mark.parametrize("backward_first", [False, True])
+def test_updates_may_overtake_forward_passes_on_another_worker(
+    backward_first: bool, delay: int
+) -> None:
+    """Whichever worker has its turn first, a forward pass reads what the schedule says."""
+    down = f"B1(t-{delay}) U1(t-{delay}) B0(t-{delay}) U0(t-{delay})"
+    workers = ["F0(t) F1(t)", down][:: -1 if backward_first else 1]
+    schedule = parse(
+        "x stages=2 sync=none activations=graph jacobian=current samples=1\n"
+        f"worker 0: {workers[0]}\nworker 1: {workers[1]}"
+    )
+    compare_with_numpy(schedule, momentum=0.7)
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_replicas_take_the_mean_gradient_and_the_first_one_s_buffers(num_stages: int) -> None:
+    """Plain synchronous data parallelism on the whole model, bit for bit."""
+    replicas, iterations = 3, 4
+    modules = toy_stages(num_stages)
+    make = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3)
+    steps = [make(list(module.parameters())) for module in modules]
+    with one_thread():
+        for t in range(iterations):
+            now = snapshot(modules)
+            flat = [tensor for stage in now for tensor in stage.values()]
+            found = []
+            for sample in range(replicas * t, replicas * (t + 1)):
+                buffers = [[b.clone() for b in module.buffers()] for module in modules]
+                loss = whole_model_loss(modules, now, Toy(), sample, seed=0)
+                found.append(torch.autograd.grad(loss, flat))
+                if sample % replicas:
+                    for module, kept in zip(modules, buffers, strict=True):
+                        for own, old in zip(module.buffers(), kept, strict=True):
+                            own.copy_(old)
+            means = iter([(a + b + c) / 3 for a, b, c in zip(*found, strict=True)])
+            for module, step in zip(modules, steps, strict=True):
+                for parameter in module.parameters():
+                    parameter.grad = next(means)
+                step.step()
+    stages = toy_run(method("dp", num_stages, replicas=replicas), iterations)
+    assert_same_bits(state(stages), [t for m in modules for t in m.state_dict().values()])
+    assert sorted(stages[-1].losses) == list(range(replicas * iterations))
+
+
 def test_tied_stages_without_a_shared_parameter_are_refused() -> None:
     with pytest.raises(ScheduleError, match="stages 0 and 2 are tied, but share no parameter"):
         toy_run(method("ouroboros", 3))
