@@ -2,55 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddg_gpu.flight import Flight, InFlight, Sum
+from ddg_gpu.forward import Forward, seeded
+from ddg_gpu.options import USUAL, NonFiniteLossError, StageOptions, refuse
 from ddg_gpu.reversible import Inverse, is_reversible
+from ddg_gpu.state import StageState, Tree, copied
 from ddg_gpu.step import OptimizerFactory, Step
-from ddg_gpu.value import Value, checked, detached, floating, like, members
-from ddg_gpu.weights import VersionStore, Weights, call
+from ddg_gpu.value import Value, checked, detached, filled, finite, floating, like, members
+from ddg_gpu.weights import VersionStore, call
 from ddg_sim.rule import Activations, Gradient, Jacobian, TransformKind
 from ddg_sim.schedule import Op, OpKind, Schedule, ScheduleError, staleness
 
+__all__ = ["InFlight", "NonFiniteLossError", "Stage", "StageOptions", "refuse", "seeded"]
 
-@dataclass(slots=True)
-class InFlight:
-    """What a stage keeps of a sample between its forward and its backward pass."""
-
-    inputs: Value
-    targets: Value | None
-    version: int
-    weights: Weights
-    #: Of a last stage that will be reversed: its output, which nobody sends back.
-    outputs: Value = ()
-    #: Of the graph: the floating-point members of the activation, or the loss where there is one.
-    roots: tuple[Tensor, ...] = ()
-
-
-@dataclass(slots=True)
-class _Sum:
-    """Gradients of the samples of one update, added as they come; None where there are none."""
-
-    count: int = 0
-    total: tuple[Tensor | None, ...] = ()
-
-    def add(self, found: tuple[Tensor | None, ...]) -> None:
-        # Not in place: what autograd returns may also be the error that is on its way.
-        if self.count:
-            pairs = zip(self.total, found, strict=True)
-            found = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
-        self.count, self.total = self.count + 1, found
-
-    def mean(self) -> list[Tensor | None]:
-        if self.count == 1:
-            return list(self.total)
-        return [None if total is None else total / self.count for total in self.total]
+_KEEPS_GRAPH = (Activations.GRAPH, Activations.NEWEST)
 
 
 class Stage:
@@ -67,6 +39,7 @@ class Stage:
         loss: loss of the last stage, (outputs, targets) -> scalar.
         head: with local losses, what makes outputs for the loss of an activation; it is trained
             with the stage. The last stage needs none.
+        options: what it does beyond its schedule.
 
     Raises:
         ScheduleError: for whatever the schedule asks for that is not implemented here.
@@ -81,23 +54,31 @@ class Stage:
         seed: int = 0,
         loss: Callable[..., Tensor] = nn.functional.cross_entropy,
         head: nn.Module | None = None,
+        options: StageOptions = USUAL,
     ) -> None:
-        refuse(schedule, index)
+        refuse(schedule, index, options)
         rule = schedule.rule
         local = rule.gradient is Gradient.LOCAL
         self.module = module
         self.index = index
-        self.losses: dict[int, float] = {}
         self.is_last = index == schedule.num_stages - 1
         #: Whether it has a loss of its own, so that it needs targets, and no error.
         self.has_loss = local or self.is_last
         self._sends_error = index > 0 and not local
-        self._head = None if self.is_last or not local else head
         if local and not self.is_last and head is None:
             raise ScheduleError(
                 f"stage {index}: the torch backend needs a head for gradient={rule.gradient.value}"
             )
-        self._trained = module if self._head is None else _Headed(module, self._head)
+        self._run = Forward(
+            module,
+            None if self.is_last or not local else head,
+            loss if self.has_loss else None,
+            index,
+            seed,
+            options.precision,
+        )
+        self._options = options
+        self._named = f"stage {index} (of {schedule.num_stages})"
         self._activations = rule.activations
         self._stashes = rule.jacobian is Jacobian.STASHED
         self._reconstructs = self._activations is Activations.RECONSTRUCT
@@ -105,8 +86,8 @@ class Stage:
         self._inverse = Inverse(module) if reverses else None
         shrink = rule.values(TransformKind.SHRINK)
         self._shrink = shrink[0] if shrink else None
-        self._parameters = [p for p in self._trained.parameters() if p.requires_grad]
-        self._step = Step(self._parameters, optimizer, rule, index)
+        parameters = {name: p for name, p in self._run.named_parameters() if p.requires_grad}
+        self._step = Step(parameters, optimizer, rule, index, options.clip_norm, options.scheduler)
         self.tied_to = tied_stage(schedule, index)
         self._partner: Stage | None = None
         lag = max(t.version_lag for t in schedule.templates() if t.stage == index)
@@ -114,7 +95,7 @@ class Stage:
         if schedule.worker_of(index, OpKind.FORWARD) != schedule.worker_of(index):
             lag += stale  # updates come before the forward passes that must not see them
         self._store = VersionStore(
-            self._trained,
+            self._run.trained,
             rule,
             index,
             stale=stale > 0,
@@ -124,16 +105,18 @@ class Stage:
         )
         self._replicas = schedule.replicas
         self._per_update = schedule.samples_per_iteration * schedule.replicas
-        self._sums: dict[int, _Sum] = {}  # of gradients, by update
-        self._in_flight: dict[int, InFlight] = {}
-        self._halves: dict[int, tuple[InFlight, Value | None]] = {}  # with the error that came
-        self._seed = seed
-        self._loss = loss
+        self._first = 0  # sample of the first update
+        self._flight = Flight()
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Losses by sample, where the stage has one."""
+        return self._flight.losses
 
     @property
     def held(self) -> tuple[int, int]:
         """Samples in flight, and weight versions held, now."""
-        return len(self._in_flight.keys() | self._halves.keys()), self._store.count
+        return len(self._flight.samples.keys() | self._flight.halves.keys()), self._store.count
 
     def tie(self, stages: Mapping[int, Stage]) -> None:
         """Find the stage with which this one shares weights, if the schedule ties it to one.
@@ -150,8 +133,8 @@ class Stage:
         if self.tied_to is None:
             return
         self._partner = stages[self.tied_to]
-        own = set(map(id, self._parameters))
-        if own.isdisjoint(map(id, self._partner._parameters)):
+        own = set(map(id, self.module.parameters()))
+        if own.isdisjoint(map(id, self._partner.module.parameters())):
             raise ScheduleError(
                 f"stages {self.index} and {self.tied_to} are tied, but share no parameter: take a"
                 " network whose first and last layers do, such as gpt-tiny-tied"
@@ -168,19 +151,22 @@ class Stage:
         Raises:
             ValueError: if the data or the activation is neither a tensor nor a tuple of tensors,
                 or if no error can flow back through what the previous stage gave.
+            NonFiniteLossError: if its loss is not finite, and such samples are not skipped.
         """
-        inputs = self._leaves(checked(inputs, f"stage {self.index}: the input"))
+        inputs = self._leaves(inputs)
         version = self._reads(op)
-        sample = InFlight(inputs, targets, version, self._store.forward(version))
-        if self._activations is Activations.NEWEST:
-            self._in_flight.clear()
-        self._in_flight[op.sample] = sample
-        keeps_graph = self._activations in (Activations.GRAPH, Activations.NEWEST)
-        with torch.set_grad_enabled(keeps_graph):
-            own = {} if op.sample % self._replicas == 0 else self._spare_buffers()
-            output = self._run(op, sample, {**sample.weights, **own})
-        if not keeps_graph:
-            sample.roots = ()
+        sample = InFlight(op.sample, inputs, targets, version, self._store.forward(version))
+        if self._keeps_newest:
+            self._flight.samples.clear()
+        graph = self._activations in _KEEPS_GRAPH and not self._options.recompute
+        self._note_reading(sample, graph)
+        self._flight.samples[op.sample] = sample
+        output = self._run(sample, graph, moves=op.sample % self._replicas == 0)
+        if self.has_loss:
+            assert sample.roots is not None
+            self._note_loss(sample, float(sample.roots[0].detach()))
+        if not graph:
+            sample.roots = None
         if self._inverse is not None:
             sample.inputs, sample.outputs = (), output if self.is_last else ()
         return output
@@ -191,9 +177,11 @@ class Stage:
         Batch-norm statistics and other buffers were updated by the first pass: here they change
         on copies that are thrown away.
         """
-        sample = self._in_flight[op.sample]
+        sample = self._flight.samples[op.sample]
         self._read_again(op, sample)
-        self._run(op, sample, {**sample.weights, **self._spare_buffers()})
+        sample.buffers = None  # it reads those of now
+        self._note_reading(sample, graph=True)
+        self._run.again(sample)
 
     def backward(self, op: Op, error: Value | None = None) -> Value | None:
         """Differentiate a sample; keeps the weights' gradients for the update.
@@ -215,54 +203,135 @@ class Stage:
         Raises:
             ScheduleError: if the error of a sample does not fit the newest one's activations.
         """
+        first, second = op.kind is OpKind.BACKWARD_INPUT, op.kind is OpKind.BACKWARD_WEIGHT
         self._store.differentiate(self._reads(op))
-        if op.kind is OpKind.BACKWARD_WEIGHT:
-            sample, error = self._halves.pop(op.sample)
+        if second:
+            sample, error = self._flight.halves.pop(op.sample)
         else:
             sample = self._take(op, error)
             if self._reconstructs:
                 error = self._reconstruct(op, sample, error)
             if error is not None and self._shrink is not None:
                 error = like(tuple(self._shrink * part for part in members(error)), error)
-        weights: list[Tensor] = []
-        inputs: tuple[Tensor, ...] = ()
-        if op.kind is OpKind.BACKWARD_INPUT:
-            self._halves[op.sample] = sample, error
-        else:
-            weights = [weight for weight in sample.weights.values() if weight.requires_grad]
-        if op.kind is not OpKind.BACKWARD_WEIGHT and self._sends_error:
-            inputs = floating(sample.inputs)
-        again = op.kind is OpKind.BACKWARD_INPUT or self._keeps_newest
-        found = _gradients(sample.roots, error, [*weights, *inputs], again)
-        if op.kind is not OpKind.BACKWARD_INPUT:
-            self._sums.setdefault(op.sample // self._per_update, _Sum()).add(found[: len(weights)])
+            if self._options.non_finite == "skip":
+                sample.skipped |= not finite(error)
+        if first:
+            self._flight.halves[op.sample] = sample, error
+        inputs = floating(sample.inputs) if self._sends_error and not second else ()
+        weights = [w for w in sample.weights.values() if w.requires_grad and not first]
+        found: tuple[Tensor | None, ...] = ()
+        if not sample.skipped and (weights or inputs):
+            if sample.roots is None:
+                self._run.again(sample)
+            assert sample.roots is not None
+            again = first or self._keeps_newest
+            found = _gradients(sample.roots, error, [*weights, *inputs], again)
+        if not first:
+            total = self._flight.sums.setdefault(self._group(op), Sum())
+            if not sample.skipped:
+                total.add(found[: len(weights)])
             self._store.release(sample.version)
         if not inputs:
             return None
-        own = zip(found[len(weights) :], inputs, strict=True)
-        sent = tuple(torch.zeros_like(x) if part is None else part for part, x in own)
-        if self._reconstructs:
-            return torch.stack([*inputs, *sent]).detach()
-        return like(sent, sample.inputs)
+        if sample.skipped:
+            sent = filled(sample.inputs, math.nan)
+        else:
+            own = zip(found[len(weights) :], inputs, strict=True)
+            parts = tuple(torch.zeros_like(x) if part is None else part for part, x in own)
+            sent = like(parts, sample.inputs)
+        return torch.stack([*inputs, *members(sent)]).detach() if self._reconstructs else sent
 
     def update(self, op: Op) -> None:
         """Apply the mean gradient of the samples of an update: those that enter in one iteration.
 
         The learning rate is the one in force now.
         """
-        gradients = self._sums.pop(op.sample // self._per_update).mean()
+        total = self._flight.sums.pop(self._group(op))
         self._store.updating()
         if self._partner is not None:
-            self._partner._store.updating(self._parameters)
-        self._store.updated(self._step(gradients, op.version - 1))
+            self._partner._store.updating(self.module.parameters())
+        if total.count:
+            self._store.updated(self._step(total.mean(), op.version - 1))
+        else:
+            self._store.updated(self._store.motion)
         if self._partner is not None:
             self._partner._store.shared()
         elif self._store.newest != op.version:
             raise RuntimeError(f"{op} produced version {self._store.newest}")
 
+    def state(self) -> StageState:
+        """What the stage holds now, between two operations; the tensors are the stage's own.
+
+        Raises:
+            RuntimeError: if a graph could not be built again from it, for want of
+                `StageOptions.restorable`.
+        """
+        if not self._options.restorable and any(s.roots is not None for s in self._flight.all()):
+            raise RuntimeError(
+                f"{self._named} has samples in flight and was not made with"
+                " StageOptions(restorable=True)"
+            )
+        buffers = dict(self._run.named_buffers())
+        records: dict[str, Tree] = {
+            name: {"value": parameter.data} for name, parameter in self._run.named_parameters()
+        }
+        for name, record in self._step.state(self._store.motion).items():
+            records[name] |= record
+        trained = {"parameters": records, "buffers": buffers}
+        flight = {
+            "first": self._first,
+            "weights": self._store.state(),
+            "samples": self._flight.state(buffers),
+        }
+        return StageState(trained, flight)
+
+    def load(self, trained: Tree, samples: int = 0, updates: int = 0) -> None:
+        """Go on from what has been trained, here or in stages of another cut.
+
+        Args:
+            trained: the records of this stage's parameters and buffers, and maybe of others, as in
+                `StageState.trained`.
+            samples: how many samples were used for that: the number of the next one.
+            updates: how many updates the weights have had.
+
+        Raises:
+            ValueError: naming a parameter or buffer that is missing or has another shape.
+        """
+        parameters, buffers = trained["parameters"], trained["buffers"]
+        for name, parameter in self._run.named_parameters():
+            _copy(parameter.data, parameters.get(name, {}).get("value"), f"parameter {name!r}")
+        for name, buffer in self._run.named_buffers():
+            _copy(buffer, buffers.get(name), f"buffer {name!r}")
+        self._store.begin(updates, self._step.restore(parameters))
+        self._first = samples
+
+    def restore(self, state: StageState) -> None:
+        """Take over what another stage of the same schedule held, made with the same arguments.
+
+        Graphs are built again from the inputs: with the values that were read, on the same random
+        numbers. What a module keeps beside parameters and buffers is not seen.
+
+        Raises:
+            ValueError: naming a parameter or buffer that is missing or has another shape.
+        """
+        self.load(state.trained)
+        tensors = chain(self.module.parameters(), self.module.buffers())
+        flight = copied(state.flight, next((tensor.device for tensor in tensors), None))
+        self._first = flight["first"]
+        self._store.restore(flight["weights"])
+        buffers = dict(self._run.named_buffers())
+        self._flight = Flight.restored(flight["samples"], buffers, self._grow)
+
+    def _grow(self, sample: InFlight, graph: bool) -> None:
+        if self._inverse is None:
+            sample.inputs = self._leaves(sample.inputs)
+        with self._store.rebuilding(sample.version, sample.reading) as sample.weights:
+            if graph:
+                self._run.again(sample)
+
     def _leaves(self, inputs: Value) -> Value:
-        """An input where graphs begin; the previous stage gets the gradient of each float."""
-        inputs = detached(inputs)
+        """Inputs without a graph; where errors are sent on, a new graph begins at them."""
+        inputs = detached(checked(inputs, f"stage {self.index}: the input"))
         if self._sends_error:
             flowing = floating(inputs)
             if not flowing:
@@ -289,10 +358,6 @@ class Stage:
         sample.weights = self._store.again(sample.version, version)
         sample.version = version
 
-    def _spare_buffers(self) -> Weights:
-        """Buffers that a second forward pass may change."""
-        return {name: buffer.clone() for name, buffer in self._trained.named_buffers()}
-
     def _reconstruct(self, op: Op, sample: InFlight, received: Value | None) -> Value | None:
         """Run a sample forward again, on the input that follows from its output.
 
@@ -308,13 +373,32 @@ class Stage:
             assert isinstance(received, Tensor)
             outputs, error = received.unbind()
         if self._inverse is not None:
-            state = {**sample.weights, **self._spare_buffers()}
+            named = {f"body.{name}": tensor for name, tensor in self._run.spare(sample).items()}
             with torch.no_grad():
-                named = {f"body.{name}": tensor for name, tensor in state.items()}
                 sample.inputs = self._leaves(call(self._inverse, named, outputs))
             sample.outputs = ()
-        self._run(op, sample, {**sample.weights, **self._spare_buffers()})
+        self._run.again(sample)
         return error
+
+    def _note_reading(self, sample: InFlight, graph: bool) -> None:
+        """Keep what the coming pass reads, where it is needed to run it again."""
+        if graph and self._options.restorable:
+            sample.reading = self._store.reading(self._flight.reading)
+        if self._options.recompute or (graph and self._options.restorable):
+            sample.buffers = self._flight.buffers(dict(self._run.named_buffers()))
+
+    def _note_loss(self, sample: InFlight, loss: float) -> None:
+        self.losses[sample.number] = loss
+        if not math.isfinite(loss):
+            if self._options.non_finite == "raise":
+                raise NonFiniteLossError(
+                    f"{self._named}, sample {sample.number}: the loss is {loss}"
+                )
+            sample.skipped = True
+
+    def _group(self, op: Op) -> int:
+        """Number of the update that uses the operation's sample."""
+        return (op.sample - self._first) // self._per_update
 
     @property
     def _keeps_newest(self) -> bool:
@@ -323,81 +407,17 @@ class Stage:
     def _take(self, op: Op, error: Value | None) -> InFlight:
         """The sample whose activations the error meets: its own, or the newest one."""
         if not self._keeps_newest:
-            return self._in_flight.pop(op.sample)
-        ((number, newest),) = self._in_flight.items()
+            return self._flight.samples.pop(op.sample)
+        ((number, newest),) = self._flight.samples.items()
         if self.has_loss and number != op.sample:
             raise ScheduleError(f"{op}: the torch backend takes the loss of the newest sample only")
-        for own, root in zip(members(error), newest.roots, strict=False):
+        for own, root in zip(members(error), newest.roots or (), strict=False):
             if own.shape != root.shape:
                 raise ScheduleError(
                     f"{op}: the newest mini-batch has {len(root)} examples, not {len(own)}:"
                     " take a batch size that divides the data"
                 )
         return newest
-
-    def _run(self, op: Op, sample: InFlight, weights: Weights) -> Value:
-        """Forward pass; sets the roots of the graph, returns the activation."""
-        with seeded(self._seed, self.index, op.sample):
-            found = call(self._trained, weights, sample.inputs)
-        output, logits = (found, found) if self._head is None else found
-        output = checked(output, f"stage {self.index}: the activation")
-        sample.roots = floating(output)
-        if self.has_loss:
-            loss = self._loss(logits, sample.targets)
-            sample.roots = (loss,)
-            if op.kind is OpKind.FORWARD:
-                self.losses[op.sample] = float(loss.detach())
-        return detached(output)
-
-
-class _Headed(nn.Module):
-    """A stage with an auxiliary head: gives the activation and what the head makes of it."""
-
-    def __init__(self, body: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.body, self.head = body, head
-
-    def forward(self, inputs: Value) -> tuple[Any, Any]:
-        activation = self.body(inputs)
-        return activation, self.head(activation)
-
-
-def refuse(schedule: Schedule, stage: int) -> None:
-    """Refuse what the torch backend does not run.
-
-    Raises:
-        ScheduleError: naming the first such part of the schedule.
-
-    >>> from ddg_sim.methods import method
-    >>> refuse(method("sideways", 2, replicas=2), 0)
-    Traceback (most recent call last):
-    ...
-    ddg_sim.schedule.ScheduleError: sideways: the torch backend does not know the newest ...
-    """
-    rule, name = schedule.rule, schedule.method
-    kinds = {template.kind for template in schedule.templates()}
-    tied = tuple(map(int, rule.values(TransformKind.TIED)))
-    unknown: str | None = None
-    if rule.activations is Activations.RECONSTRUCT and rule.gradient is Gradient.LOCAL:
-        unknown = "reconstructed activations with local losses, for nothing brings outputs back"
-    elif rule.activations is Activations.RECONSTRUCT and OpKind.RECOMPUTE in kinds:
-        unknown = "reconstructed activations recomputed"
-    elif tied and schedule.worker_of(tied[0]) != schedule.worker_of(tied[1]):
-        unknown = f"tied stages {tied[0]} and {tied[1]} on two workers"
-    elif tied and any(template.version_lag for template in schedule.templates()):
-        unknown = "tied stages that read older weights"
-    elif rule.values(TransformKind.PREDICT_FORWARD) and rule.jacobian is Jacobian.STASHED:
-        unknown = "stashed weights that are predicted"
-    elif rule.activations is Activations.NEWEST and rule.jacobian is Jacobian.STASHED:
-        unknown = "the newest activations at stashed weights"
-    elif rule.activations is Activations.NEWEST and schedule.replicas > 1:
-        unknown = "the newest activations of several replicas"
-    elif rule.activations is Activations.NEWEST and OpKind.RECOMPUTE in kinds:
-        unknown = "the newest activations recomputed"
-    if unknown is not None:
-        raise ScheduleError(f"{name}: the torch backend does not know {unknown}")
-    if flaw := rule.contradiction(schedule.num_stages):
-        raise ScheduleError(f"{name}: {flaw}")
 
 
 def _gradients(
@@ -430,22 +450,9 @@ def tied_stage(schedule: Schedule, stage: int) -> int | None:
     return sum(tied) - stage if stage in tied else None
 
 
-@contextmanager
-def seeded(seed: int, stage: int, sample: int) -> Iterator[None]:
-    """Key torch's CPU generator by (seed, stage, sample) inside, and restore it afterwards.
-
-    So a stage draws the same dropout mask wherever and whenever it runs the sample.
-
-    >>> with seeded(0, stage=1, sample=2):
-    ...     first = torch.rand(1)
-    >>> with seeded(0, stage=1, sample=2):
-    ...     bool(first == torch.rand(1))
-    True
-    """
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(int(np.random.SeedSequence((seed, stage, sample)).generate_state(1)[0]))
-    try:
-        yield
-    finally:
-        generator.set_state(state)
+def _copy(target: Tensor, source: Tensor | None, what: str) -> None:
+    if source is None or source.shape != target.shape:
+        found = "missing" if source is None else f"of shape {tuple(source.shape)}"
+        raise ValueError(f"{what} is {found}, the stage needs shape {tuple(target.shape)}")
+    with torch.no_grad():
+        target.copy_(source)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ddg_gpu.state import shaped
 from ddg_sim.rule import Rule, TransformKind
 from ddg_sim.schedule import ScheduleError
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
 _OBSERVING = frozenset(TransformKind) - {TransformKind.SHRINK, TransformKind.RATE}
 
@@ -31,6 +36,10 @@ class Motion:
     step: list[Tensor]
     drift: list[Tensor] | None
 
+    def state(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"rate": self.rate, "step": self.step, "drift": self.drift}
+
 
 class Step:
     """The updates of one stage's parameters.
@@ -39,20 +48,44 @@ class Step:
     subtracts, so every optimizer has one. Only spike compensation needs to know more (SGD).
 
     Args:
-        parameters: what is trained.
+        parameters: what is trained, by name.
         optimizer: makes the optimizer; it is not called if there are no parameters.
         rule: the corrections.
         stage: whose numbers of the corrections apply.
+        clip_norm: the most that the norm of the stage's gradient may be: longer ones are scaled
+            down. It is this stage's norm, not the network's: the stages update the same sample at
+            different times, so that a norm over all of them would be known too late, and would
+            make every stage wait for the last one.
+        scheduler: makes a scheduler of the learning rate, which is stepped after every update.
 
     Raises:
         ScheduleError: if the rule has a correction that the optimizer does not allow.
+        ValueError: if ``clip_norm`` is not positive, or the scheduler wants to know the loss.
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], optimizer: OptimizerFactory, rule: Rule, stage: int
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: OptimizerFactory,
+        rule: Rule,
+        stage: int,
+        clip_norm: float | None = None,
+        scheduler: SchedulerFactory | None = None,
     ) -> None:
-        self._parameters = parameters
-        self._optimizer = optimizer(parameters) if parameters else None
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+        self._names = list(parameters)
+        self._parameters = list(parameters.values())
+        self._optimizer = optimizer(self._parameters) if parameters else None
+        self._clip_norm = clip_norm
+        self._scheduler = (
+            None if scheduler is None or self._optimizer is None else scheduler(self._optimizer)
+        )
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "scheduler ReduceLROnPlateau needs the loss at every update, which most stages do"
+                " not have: take one that goes by the number of updates"
+            )
         self._anneal = rule.values(TransformKind.RATE)
         self._stage = stage
         spike = rule.values(TransformKind.SPIKE)
@@ -97,12 +130,103 @@ class Step:
             return None
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
+        if self._clip_norm is not None:
+            self._clip(self._clip_norm)
         before = [p.detach().clone() for p in self._parameters] if self._observes else []
         with self._scaled(number) as rate:
             self._optimizer.step()
         motion = self._motion(before, rate) if self._observes else None
         self._optimizer.zero_grad(set_to_none=True)
+        if self._scheduler is not None:
+            self._scheduler.step()
         return motion
+
+    def state(self, motion: Motion | None) -> dict[str, dict[str, Any]]:
+        """What training has left behind, besides the weights, by the name of the parameter.
+
+        Args:
+            motion: of the last update.
+        """
+        records: dict[str, dict[str, Any]] = {name: {} for name in self._names}
+        if self._optimizer is None:
+            return records
+        found, order = self._optimizer.state_dict(), self._order()
+        for group in found["param_groups"]:
+            options = {key: value for key, value in group.items() if key != "params"}
+            for place in group["params"]:
+                record = records[order[place]]
+                record["options"] = options
+                record["optimizer"] = found["state"].get(place, {})
+                if self._scheduler is not None:
+                    record["scheduler"] = self._scheduler.state_dict()
+        for index, record in enumerate(records.values()):
+            if self._drift is not None:
+                record["drift"] = self._drift[index]
+            if motion is not None:
+                record["rate"], record["step"] = motion.rate, motion.step[index]
+        return records
+
+    def restore(self, records: Mapping[str, Mapping[str, Any]]) -> Motion | None:
+        """Take over what `state` gave, of this stage or, parameter by parameter, of others.
+
+        Returns:
+            The motion of the last update.
+
+        Raises:
+            ValueError: if parameters of one group of the optimizer had different options, or one
+                had none.
+        """
+        if self._optimizer is None:
+            return None
+        wanted, order = self._optimizer.state_dict(), self._order()
+        for group in wanted["param_groups"]:
+            names = [order[place] for place in group["params"]]
+            for name in names:
+                if "options" not in records[name]:
+                    raise ValueError(f"parameter {name!r} comes without a state of its optimizer")
+                if str(records[name]["options"]) != str(records[names[0]]["options"]):
+                    raise ValueError(
+                        f"parameters {names[0]!r} and {name!r} were trained with different options"
+                        " of the optimizer, and are in one group of it now"
+                    )
+            options = deepcopy(records[names[0]]["options"])
+            group.update({key: shaped(value, group.get(key)) for key, value in options.items()})
+        own = {place: deepcopy(records[name]["optimizer"]) for place, name in enumerate(order)}
+        wanted["state"] = {place: state for place, state in own.items() if state}
+        self._optimizer.load_state_dict(wanted)
+        if self._scheduler is not None:
+            if "scheduler" not in records[order[0]]:
+                raise ValueError(f"parameter {order[0]!r} comes without a state of its scheduler")
+            now, given = self._scheduler.state_dict(), deepcopy(records[order[0]]["scheduler"])
+            self._scheduler.load_state_dict(
+                {key: shaped(value, now.get(key)) for key, value in given.items()}
+            )
+        self._drift = self._each(records, "drift")
+        steps = self._each(records, "step")
+        if steps is None:
+            return None
+        return Motion(records[self._names[0]]["rate"], steps, self._drift)
+
+    def _each(self, records: Mapping[str, Mapping[str, Any]], key: str) -> list[Tensor] | None:
+        """Copies of what the records have under ``key``, like the parameters; None if nothing."""
+        found = [
+            records[name][key].to(parameter.device, copy=True)
+            for name, parameter in zip(self._names, self._parameters, strict=True)
+            if key in records[name]
+        ]
+        return found if len(found) == len(self._names) else None
+
+    def _order(self) -> list[str]:
+        """Names of the parameters in the order in which the optimizer numbers them."""
+        assert self._optimizer is not None
+        names = {id(p): name for name, p in zip(self._names, self._parameters, strict=True)}
+        return [names[id(p)] for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _clip(self, most: float) -> None:
+        for parameter in self._parameters:
+            if parameter.grad is not None:  # may also be the error on its way: not in place
+                parameter.grad = parameter.grad.clone()
+        nn.utils.clip_grad_norm_(self._parameters, most)
 
     @contextmanager
     def _scaled(self, number: int) -> Iterator[float]:

@@ -78,3 +78,21 @@ def floating(value: Value) -> tuple[Tensor, ...]:
     1
     """
     return tuple(tensor for tensor in members(value) if torch.is_floating_point(tensor))
+
+
+def filled(value: Value, number: float) -> Value:
+    """An error for a value, all of one number.
+
+    >>> filled(torch.ones(2), 0.0)
+    tensor([0., 0.])
+    """
+    return like(tuple(torch.full_like(part, number) for part in floating(value)), value)
+
+
+def finite(error: Value | None) -> bool:
+    """Whether all numbers of an error are finite.
+
+    >>> finite(torch.tensor([0.0, float("nan")]))
+    False
+    """
+    return all(bool(torch.isfinite(part).all()) for part in members(error))

@@ -23,7 +23,8 @@ Whoever else holds on to ``parameter.data``, or captured its address, is left wi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,19 @@ class _Version:
 
     weights: Weights
     motion: Motion | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Values that a forward pass has read, kept because they will be overwritten.
+
+    Args:
+        key: the same for the same values.
+        values: the trained weights.
+    """
+
+    key: tuple[float, ...]
+    values: list[Tensor]
 
 
 class VersionStore:
@@ -80,7 +94,8 @@ class VersionStore:
         self._trained = [name for name, p in self._parameters.items() if p.requires_grad]
         self._held: dict[int, _Version] = {}
         self._readers: Counter[int] = Counter()
-        self._motion: Motion | None = None
+        #: How the last update moved the weights, if it tells.
+        self.motion: Motion | None = None
         self._lag, self._rate = lag, rate
         self._ahead = {
             True: number(TransformKind.PREDICT_FORWARD),
@@ -93,7 +108,7 @@ class VersionStore:
         corrected = bool(any(self._ahead.values()) or self._behind)
         works = not self._stash and (corrected or lag > 0 or tied)  # for the other may move them
         self._working = self._copy() if works else None
-        self._holds: tuple[int, float, float, float] = (0, 0.0, 0.0, 0.0)  # what is written there
+        self._holds: tuple[float, ...] = ()  # what is written there
 
     def forward(self, version: int) -> Weights:
         """Weights for a forward pass, by name; stashed, they keep their values until `release`."""
@@ -127,7 +142,7 @@ class VersionStore:
             self._forget(self.newest)
 
     @torch.no_grad()
-    def updating(self, changed: Sequence[nn.Parameter] | None = None) -> None:
+    def updating(self, changed: Iterable[nn.Parameter] | None = None) -> None:
         """Let the optimizer change the live parameters: what is still read is left as it is.
 
         Args:
@@ -146,11 +161,75 @@ class VersionStore:
     def updated(self, motion: Motion | None = None) -> None:
         """Note that the optimizer has changed the live parameters, and how."""
         self.newest += 1
-        self._motion = motion
+        self.motion = motion
 
     def shared(self) -> None:
         """Note that the optimizer of a tied stage has changed some live parameters."""
         self.newest += 1
+
+    def reading(self, known: Callable[[tuple[float, ...]], Reading | None]) -> Reading | None:
+        """What a pass has just read, if the store will not keep it.
+
+        Args:
+            known: finds the reading with such a key, if there is one already.
+        """
+        if self._working is not None:
+            key: tuple[float, ...] = self._holds
+        elif self._overtaken and not self._stash:
+            key = (self.newest,)
+        else:
+            return None
+        return known(key) or Reading(key, [tensor.clone() for tensor in self._ground()])
+
+    @contextmanager
+    def rebuilding(self, version: int, reading: Reading | None) -> Iterator[Weights]:
+        """Weights to build a graph on again; inside, they have the values that it was made with."""
+        if self._stash:
+            yield self._held[version].weights
+        elif reading is None:
+            yield self._parameters
+        else:
+            ground = self._ground()
+            now = [tensor.clone() for tensor in ground]
+            self._fill(ground, reading.values)
+            try:
+                yield self._views() if self._working is None else self._working
+            finally:
+                self._fill(ground, now)
+
+    def state(self) -> Any:
+        """What the store holds, as plain data, besides the newest weights and their motion."""
+        return {
+            "newest": self.newest,
+            "held": [
+                {
+                    "version": version,
+                    "readers": self._readers[version],
+                    "motion": None if held.motion is None else held.motion.state(),
+                    "weights": None
+                    if version == self.newest
+                    else [held.weights[name] for name in self._trained],
+                }
+                for version, held in self._held.items()
+            ],
+        }
+
+    def restore(self, state: Any) -> None:
+        """Take over what `state` gave; the parameters have the newest values already."""
+        self.begin(state["newest"], self.motion)
+        for record in state["held"]:
+            weights = self._views()
+            for name, given in zip(self._trained, record["weights"] or [], strict=False):
+                weights[name] = given.requires_grad_()
+            motion = None if record["motion"] is None else Motion(**record["motion"])
+            self._held[record["version"]] = _Version(weights, motion)
+            self._readers[record["version"]] = record["readers"]
+
+    def begin(self, newest: int, motion: Motion | None) -> None:
+        """The parameters have become version ``newest``, by ``motion``; nothing else is held."""
+        self.newest, self.motion, self._holds = newest, motion, ()
+        self._held.clear()
+        self._readers.clear()
 
     @property
     def count(self) -> int:
@@ -163,7 +242,7 @@ class VersionStore:
 
     def _hold(self, version: int) -> None:
         self._check(version)
-        self._held[version] = _Version(self._views(), self._motion)
+        self._held[version] = _Version(self._views(), self.motion)
 
     def _views(self) -> Weights:
         """Leaves of new graphs on the storage that the parameters have now.
@@ -186,14 +265,14 @@ class VersionStore:
         assert self._working is not None
         ahead = self._ahead[forward]
         behind = 0.0 if forward else self._behind
-        wanted = (version, ahead, behind, self._rate() if ahead else 0.0)
+        wanted: tuple[float, ...] = (version, ahead, behind, self._rate() if ahead else 0.0)
         if wanted == self._holds:
             return self._working
         if version not in self._held:
             self._check(version)
         old = self._held.get(version)
         weights = self._parameters if old is None else old.weights
-        motion = self._motion if old is None else old.motion
+        motion = self.motion if old is None else old.motion
         for name, source in weights.items():
             # Through .data, so that autograd does not refuse the graphs that hold these tensors.
             self._working[name].data.copy_(source.data)
@@ -206,6 +285,16 @@ class VersionStore:
                     own -= behind * motion.drift[index]
         self._holds = wanted
         return self._working
+
+    def _ground(self) -> list[Tensor]:
+        """The trained tensors that graphs are built on which are overwritten."""
+        ground = self._parameters if self._working is None else self._working
+        return [ground[name].data for name in self._trained]
+
+    @staticmethod
+    def _fill(ground: list[Tensor], values: list[Tensor]) -> None:
+        for tensor, value in zip(ground, values, strict=True):
+            tensor.copy_(value)
 
     def _copy(self) -> Weights:
         return {

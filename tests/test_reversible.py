@@ -86,7 +86,9 @@ def test_a_reversible_stage_keeps_nothing_of_a_sample() -> None:
         def forward(self, op: Op, *rest: Any) -> Any:
             output = super().forward(op, *rest)
             parts = [
-                t for sample in self._in_flight.values() for t in (sample.inputs, *sample.roots)
+                t
+                for sample in self._flight.samples.values()
+                for t in (sample.inputs, *(sample.roots or ()))
             ]
             kept[self.index] = max(kept[self.index], sum(isinstance(t, Tensor) for t in parts))
             return output
