@@ -29,7 +29,11 @@ Found = TypeVar("Found")
 
 
 def split(
-    model: nn.Module, num_stages: int, by: By = "time", example: Value | None = None
+    model: nn.Module,
+    num_stages: int,
+    by: By = "time",
+    example: Value | None = None,
+    tied: Sequence[int] = (),
 ) -> list[nn.Module]:
     """Cut a model into stages; run one after the other they compute what the model computes.
 
@@ -59,6 +63,7 @@ def split(
         example: a mini-batch of inputs, a tensor (B, ...), or a tuple of them for a model that
             takes several arguments. Only an `nn.Sequential` that is not cut by time needs none,
             and what crosses is checked only where there is one.
+        tied: two stages that may share parameters, where the training method ties them.
 
     Raises:
         SplitError: if the model cannot be cut so: naming the layer, and what to do. Beside what
@@ -72,7 +77,7 @@ def split(
     >>> [len(stage) for stage in split(model, 3, by=["2", "4"], example=torch.zeros(1, 8))]
     [2, 2, 1]
     """
-    chain, cuts = _cut(model, num_stages, by, example)
+    chain, cuts = _cut(model, num_stages, by, example, tied)
     bounds = [0, *cuts, len(chain.names)]
     stages = [chain.join(first, last) for first, last in pairwise(bounds)]
     if example is not None:
@@ -83,14 +88,18 @@ def split(
 
 
 def cut_names(
-    model: nn.Module, num_stages: int, by: By = "time", example: Value | None = None
+    model: nn.Module,
+    num_stages: int,
+    by: By = "time",
+    example: Value | None = None,
+    tied: Sequence[int] = (),
 ) -> list[str]:
     """Where `split` cuts: names of the first layers of stages 1..K-1, to be given as its ``by``.
 
     >>> cut_names(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), 2, "parameters")
     ['2']
     """
-    chain, cuts = _cut(model, num_stages, by, example)
+    chain, cuts = _cut(model, num_stages, by, example, tied)
     return [chain.names[cut] for cut in cuts]
 
 
@@ -202,7 +211,7 @@ def _chains(model: nn.Module, example: Value | None) -> list[Callable[[], Chain]
 
 
 def _cut(
-    model: nn.Module, num_stages: int, by: By, example: Value | None
+    model: nn.Module, num_stages: int, by: By, example: Value | None, tied: Sequence[int]
 ) -> tuple[Chain, list[int]]:
     """The layers of a model, and which of them are the first of stages 1..K-1."""
     if num_stages < 1:
@@ -220,11 +229,11 @@ def _cut(
 
     def cuts(chain: Chain) -> tuple[Chain, list[int]]:
         if isinstance(by, str):
-            return chain, _balanced(chain, model, num_stages, by, example)
+            return chain, _balanced(chain, model, num_stages, by, example, bool(tied))
         return chain, _named(chain, model, by)
 
     chain, found = _first(model, example, cuts)
-    _check(chain, model, found)
+    _check(chain, model, found, tied)
     return chain, found
 
 
@@ -263,18 +272,23 @@ def _named(chain: Chain, model: nn.Module, by: Sequence[int | str]) -> list[int]
     return cuts
 
 
-def _check(chain: Chain, model: nn.Module, cuts: Sequence[int]) -> None:
-    """Refuse stages that share what they train or write, or have nothing to train."""
+def _check(chain: Chain, model: nn.Module, cuts: Sequence[int], tied: Sequence[int]) -> None:
+    """Refuse stages that share what they train or write, or have nothing to train.
+
+    Two tied stages may share parameters.
+    """
     names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
     home: dict[int, int] = {}
     for stage, (first, last) in enumerate(pairwise([0, *cuts, len(chain.names)])):
         state = [tensor for layer in chain.state[first:last] for tensor in layer]
         for tensor in state:
-            if home.setdefault(id(tensor), stage) != stage:
+            other = home.setdefault(id(tensor), stage)
+            may = {other, stage} <= set(tied) and isinstance(tensor, nn.Parameter)
+            if other != stage and not may:
                 raise SplitError(
-                    f"stages {home[id(tensor)]} and {stage} would share"
+                    f"stages {other} and {stage} would share"
                     f" {names.get(id(tensor), 'a tensor')!r}: cut so that the layers that use it"
-                    " are on one stage"
+                    " are on one stage; only tied stages may share, as ouroboros' first and last"
                 )
         if not any(tensor.requires_grad for tensor in state):
             raise SplitError(
@@ -284,12 +298,17 @@ def _check(chain: Chain, model: nn.Module, cuts: Sequence[int]) -> None:
 
 
 def _balanced(
-    chain: Chain, model: nn.Module, num_stages: int, by: str, example: Value | None
+    chain: Chain,
+    model: nn.Module,
+    num_stages: int,
+    by: str,
+    example: Value | None,
+    may_share: bool,
 ) -> list[int]:
     """Cuts that minimise the largest stage's cost, where as few tensors cross as can be."""
     starts: list[int] = []
     for most in sorted(set(chain.crossing[1:])):
-        starts = _trainable(chain, most)
+        starts = _trainable(chain, most, may_share)
         if len(starts) >= num_stages:
             break
     else:
@@ -313,17 +332,18 @@ def _balanced(
     return [starts[cut] for cut in balanced_cuts(costs, num_stages)]
 
 
-def _trainable(chain: Chain, most: int) -> list[int]:
+def _trainable(chain: Chain, most: int, may_share: bool) -> list[int]:
     """Layers at which a stage may begin, so that all parts between have something to train.
 
     What has nothing to train stays with what comes before it, or with the first that has. Tied
-    layers, and those between them, stay together.
+    layers, and those between them, stay together, unless some stages may share what they train.
     """
     first: dict[int, int] = {}
     tied: set[int] = set()
     for layer, state in enumerate(chain.state):
         for tensor in state:
-            tied.update(range(first.setdefault(id(tensor), layer) + 1, layer + 1))
+            if not may_share:
+                tied.update(range(first.setdefault(id(tensor), layer) + 1, layer + 1))
     starts = [i for i in range(1, len(chain.names)) if chain.crossing[i] <= most and i not in tied]
     found: list[int] = []
     for start, end in pairwise([0, *starts, len(chain.names)]):
