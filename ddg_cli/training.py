@@ -30,8 +30,19 @@ if TYPE_CHECKING:  # torch loads in seconds; commands that do not train must not
     from ddg_gpu.job import Job
     from ddg_gpu.validate import Comparison
 
-Model = Annotated[str, typer.Option(help="Network: mlp, resnet8, resnet20, resnet56 or resnet110.")]
-Data = Annotated[str, typer.Option(help="digits, or the path of CIFAR-10 or a folder of images.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Network: mlp, resnet8, resnet20, resnet56, resnet110, revnet16, revnet40; of text"
+        " gpt-tiny or gpt-tiny-tied."
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="digits, text, or the path of CIFAR-10, of a folder of images or of a .txt file."
+    ),
+]
 Stages = Annotated[int, typer.Option(min=1, help="Number of stages K.")]
 BatchSize = Annotated[
     int, typer.Option(min=1, help="Examples per mini-batch, or per micro-batch of a method's.")
@@ -119,14 +130,14 @@ def train(
     method: Annotated[
         str,
         typer.Argument(
-            help="Training method; ddg simulate --help lists them. All run but petra, ouroboros,"
-            " pd-asgd and dp."
+            help="Training method; ddg simulate --help lists them. ouroboros needs gpt-tiny-tied,"
+            " petra revnet16."
         ),
     ],
     stages: Stages,
     model: Model,
     executor: Annotated[
-        str, typer.Option(help="serial: this process. distributed: a process per stage.")
+        str, typer.Option(help="serial: this process. distributed: a process per worker.")
     ] = "serial",
     data: Data = "digits",
     iterations: Annotated[
@@ -180,6 +191,10 @@ def train(
     predict: Annotated[
         bool, typer.Option("--predict", help="pb: linear weight prediction.", **_SOME)
     ] = False,
+    replicas: Annotated[
+        int | None,
+        typer.Option(max=1024, help="Copies that train on other mini-batches. [dp: 2]", **_SOME),
+    ] = None,
     anneal: Annotated[
         float | None, typer.Option(help="pipemare: updates of rescaled rates. [0]", **_SOME)
     ] = None,
@@ -279,6 +294,7 @@ def train(
         "vertical_sync": vertical_sync or None,
         "spike": spike or None,
         "predict": predict or None,
+        "replicas": replicas,
         "anneal": anneal,
         "decay": decay,
     }

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ddg_gpu.archive import DataError
 from ddg_gpu.image_files import Progress, read_images
+from ddg_gpu.text import Text, built_in, read_text
 
 __all__ = ["Batches", "DataError", "Dataset", "Progress", "load"]
 
@@ -30,12 +31,14 @@ _ORDER, _AUGMENT = 0, 1  # separate random streams of one seed
 
 @dataclass(frozen=True, eq=False)  # eq: comparing tensors gives a tensor, not a truth value
 class Dataset:
-    """A labelled image dataset: plain tensors, cheap to hand to another process.
+    """Labelled images, or texts: plain tensors, cheap to hand to another process.
 
-    `train_inputs` and `test_inputs` are uint8, N x C x H x W, with values 0..`scale`; the targets
-    are int64 class indices, N. `mean` and `std` (float32, C) are those of `train_inputs / scale`.
-    `augment` says whether training crops and flips the images. `note` is what every accuracy
-    measured on the data should say, such as "JPEG images: lossy"; it may be empty.
+    Of images, `train_inputs` and `test_inputs` are uint8, N x C x H x W, with values 0..`scale`;
+    the targets are int64 class indices, N. `mean` and `std` (float32, C) are those of
+    `train_inputs / scale`. Of a text, inputs and targets are int64 class indices, N x T, and there
+    is nothing to normalise: `mean` and `std` are empty. `augment` says whether training crops and
+    flips the images. `note` is what every accuracy measured on the data should say, such as "JPEG
+    images: lossy"; it may be empty.
     """
 
     name: str
@@ -51,15 +54,20 @@ class Dataset:
     note: str
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one example."""
-        _, channels, height, width = self.train_inputs.shape
-        return channels, height, width
+    def input_shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of one example, or (characters,)."""
+        return tuple(self.train_inputs.shape[1:])
+
+    @property
+    def example(self) -> Tensor:
+        """A mini-batch of one example, as `Batches` gives it without augmentation."""
+        return self.normalise(self.train_inputs[:1])
 
     def normalise(self, inputs: Tensor) -> Tensor:
         """Return uint8 `inputs` (N x C x H x W) as float32: scaled, less `mean`, over `std`.
 
-        A channel that is constant in the training inputs is only centred.
+        A channel that is constant in the training inputs is only centred. Characters (int64,
+        N x T) stay what they are.
 
         Example:
             >>> digits = load("digits")
@@ -67,6 +75,8 @@ class Dataset:
             >>> everything.mean().abs().item() < 1e-5, round(everything.std().item(), 3)
             (True, 1.0)
         """
+        if inputs.dtype == torch.int64:
+            return inputs
         std = torch.where(self.std > 0, self.std, torch.ones_like(self.std))
         shift = (self.mean * self.scale).view(-1, 1, 1)
         factor = (1 / (std * self.scale)).view(-1, 1, 1)
@@ -98,8 +108,9 @@ def load(source: str | Path, *, progress: Progress | None = None) -> Dataset:
     """Load a dataset into memory.
 
     Args:
-        source: `"digits"` (scikit-learn's 8x8 digits, a fixed stratified 80/20 split), or the path
-            of a folder or tar archive: the official CIFAR-10 batches for Python, or images
+        source: `"digits"` (scikit-learn's 8x8 digits, a fixed stratified 80/20 split), `"text"`
+            (characters of `text.stories`), the path of a `.txt` file, or that of a folder or tar
+            archive: the official CIFAR-10 batches for Python, or images
             `train/CLASS/NAME.jpg|png` and `test/CLASS/NAME.jpg|png` of one size.
         progress: called now and then with (done, total), in bytes of the archive or files of the
             folder.
@@ -114,7 +125,11 @@ def load(source: str | Path, *, progress: Progress | None = None) -> Dataset:
     """
     if source == "digits":
         return _digits()
+    if source == "text":
+        return _text(built_in(), "text", note="synthetic text, per character")
     path = Path(source)
+    if path.suffix == ".txt":
+        return _text(read_text(path), path.resolve().name, note="per character")
     images = read_images(path, progress)
     inputs = torch.from_numpy(images.train_inputs)
     mean, std = _statistics(inputs, scale=255)
@@ -160,6 +175,22 @@ def _digits() -> Dataset:
         std=std,
         augment=False,
         note="",
+    )
+
+
+def _text(text: Text, name: str, note: str) -> Dataset:
+    return Dataset(
+        name=name,
+        train_inputs=torch.from_numpy(text.train_inputs),
+        train_targets=torch.from_numpy(text.train_targets),
+        test_inputs=torch.from_numpy(text.test_inputs),
+        test_targets=torch.from_numpy(text.test_targets),
+        classes=len(text.alphabet),
+        scale=1,
+        mean=torch.empty(0),
+        std=torch.empty(0),
+        augment=False,
+        note=note,
     )
 
 
@@ -231,11 +262,11 @@ class Batches:
         return min(self.batch_size, self._examples - start)
 
     def targets(self, sample: int) -> Tensor:
-        """Return the class indices of mini-batch `sample`: int64, N."""
+        """Return the class indices of mini-batch `sample`: int64, N or N x T."""
         return self.dataset.train_targets[self._rows(sample)]
 
     def inputs(self, sample: int) -> Tensor:
-        """Return the images of mini-batch `sample`: float32, N x C x H x W, normalised."""
+        """Return mini-batch `sample`: images, float32, N x C x H x W, normalised; or tokens."""
         raw = self.dataset.train_inputs[self._rows(sample)]
         if self.dataset.augment:
             random = np.random.default_rng([self.seed, _AUGMENT, sample])

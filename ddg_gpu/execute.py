@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ddg_gpu.stage import Stage
 from ddg_gpu.value import Value
-from ddg_sim.dependencies import Relation
+from ddg_sim.dependencies import TRAVELS, Relation
 from ddg_sim.lowering import (
     Barrier,
     Instruction,
@@ -90,14 +90,17 @@ class Before:
 
 NOTHING = Before()
 
-#: Shape of the message that says that there is room for another activation: only its coming counts.
+#: Shape of a message of which only the coming counts: that there is room for another activation, or
+#: that the other worker of a stage has left something in it.
 CREDIT_SHAPE = torch.Size((1,))
 
 # Values between operations: (what, stage that uses it, sample).
 Key = tuple[Relation, int, int]
 #: Called after each operation with (operation, its seconds); samples and versions count from the
-#: very first.
+#: very first, and of the samples of all replicas it is the last.
 Watch = Callable[[Op, float], None]
+
+_Transfer = TypeVar("_Transfer", Send, Receive)
 
 
 class Execution:
@@ -105,6 +108,11 @@ class Execution:
 
     Samples, versions and ticks count from the beginning of this execution; stages and data are
     told numbers that go on from what was there ``before``.
+
+    Data-parallel replicas are all in this process, and never differ in their weights. So one stage
+    serves all: it runs every operation once per replica, and its update takes the mean of all
+    gradients. Sample s of replica r of R is mini-batch s R + r: by that number stages, data,
+    messages and values know it.
 
     Args:
         schedule: what to run.
@@ -116,6 +124,9 @@ class Execution:
         before: what was trained before.
         start: tick from which on to run; what is in flight there comes through `restore`.
         watch: called after every operation.
+
+    Raises:
+        ScheduleError: if stages are tied and share no parameter.
     """
 
     def __init__(
@@ -141,6 +152,8 @@ class Execution:
         self._transport = transport
         self._watch = watch
         self._done = dict.fromkeys(workers, start)  # ticks
+        for stage in stages.values():
+            stage.tie(stages)
         self._begin()
 
     def advance(self, tick: int) -> None:
@@ -173,11 +186,11 @@ class Execution:
         """
         unused: list[Message] = []
         if self.iterations == ENDLESS:
-            sent = {w: in_flight(self.schedule, w, self.tick, ENDLESS) for w in self._running}
+            sent = {worker: self._in_flight(worker) for worker in self._running}
             self.iterations = self.tick
             self._begin()
             for worker, messages in sent.items():
-                used = set(in_flight(self.schedule, worker, self.tick, self.tick))
+                used = set(self._in_flight(worker))
                 unused += [message for message in messages if message not in used]
         self.advance(self.schedule.num_ticks(self.iterations))
         self._transport.expect(iter(unused))
@@ -192,11 +205,11 @@ class Execution:
 
     def messages(self) -> dict[Message, Value]:
         """What was sent to the workers here and not yet received; it stays there to be received."""
-        found = {}
-        for worker in self._running:
-            for message in in_flight(self.schedule, worker, self.tick, self.iterations):
-                found[message] = self._transport.peek(message)
-        return found
+        return {
+            message: self._transport.peek(message)
+            for worker in self._running
+            for message in self._in_flight(worker)
+        }
 
     def restore(self, messages: Mapping[Message, Value], values: Mapping[Key, Value]) -> None:
         """Put back what `messages` and ``values`` were."""
@@ -214,7 +227,26 @@ class Execution:
     def _receives(self, worker: int) -> Iterator[list[Message]]:
         """What a worker receives, tick by tick."""
         for tick in self._ticks(worker):
-            yield [item.message for item in tick if isinstance(item, Receive)]
+            found = chain.from_iterable(
+                self._transfers(item) for item in tick if isinstance(item, Receive)
+            )
+            yield [own.message for own in found]
+
+    def _in_flight(self, worker: int) -> list[Message]:
+        """What was sent to a worker and not yet received."""
+        found = in_flight(self.schedule, worker, self.tick, self.iterations)
+        return [replace(m, sample=own) for m in found for own in self._mini_batches(m.sample)]
+
+    def _transfers(self, instruction: _Transfer) -> list[_Transfer]:
+        """A send or receive, once for every replica."""
+        message = instruction.message
+        each = (replace(message, sample=own) for own in self._mini_batches(message.sample))
+        return [replace(instruction, message=own) for own in each]
+
+    def _mini_batches(self, sample: int) -> range:
+        """The numbers of a sample, one for every replica."""
+        replicas = self.schedule.replicas
+        return range(sample * replicas, (sample + 1) * replicas)
 
     def _work(self, worker: int) -> Iterator[None]:
         """Execute a worker's instructions; yields whenever it would wait for another one here.
@@ -234,17 +266,22 @@ class Execution:
                         end = perf_counter()
                         record.spans.append((instruction, begin, end))
                         self._watch(op, end - begin)
-                    case Receive(message=message):
-                        while not transport.ready(instruction):
-                            yield
-                        value = transport.receive(message)
-                        if message.relation is not Relation.CREDIT:
-                            values[message.relation, message.target, message.sample] = value
-                    case Send(message=message) if message.relation is Relation.CREDIT:
-                        transport.send(message, torch.empty(CREDIT_SHAPE))
-                    case Send(message=message):
-                        key = (message.relation, message.target, message.sample)
-                        transport.send(message, values.pop(key))
+                    case Receive():
+                        for receive in self._transfers(instruction):
+                            while not transport.ready(receive):
+                                yield
+                            value = transport.receive(receive.message)
+                            if receive.message.relation in TRAVELS:
+                                values[_key(receive.message)] = value
+                    case Send():
+                        for send in self._transfers(instruction):
+                            travels = send.message.relation in TRAVELS
+                            value = (
+                                values.pop(_key(send.message))
+                                if travels
+                                else torch.empty(CREDIT_SHAPE)
+                            )
+                            transport.send(send.message, value)
                     case Barrier():
                         transport.meet(instruction)
                         while not transport.ready(instruction):
@@ -252,39 +289,52 @@ class Execution:
                 record.instructions += 1
             self._done[worker] = number + 1
 
-    def _run(self, local: Op) -> Op:
+    def _run(self, instruction: Op) -> Op:
+        """Run an operation on every replica.
+
+        Returns the operation with numbers that count from the very first, on the last replica.
+        """
+        op, before = instruction, self.before
+        version = op.version + before.updates
+        once = op.kind in (OpKind.UPDATE, OpKind.ALL_REDUCE)
+        for own in self._mini_batches(instruction.sample)[-1 if once else 0 :]:
+            op = replace(op, sample=own + before.samples, version=version)
+            self._run_one(op, own)
+        return op
+
+    def _run_one(self, op: Op, own: int) -> None:
         """Run one operation on its inputs; its outputs go where their consumers will look.
 
-        Returns the operation with numbers that count from the very first.
+        Args:
+            op: with the numbers that the stage knows.
+            own: number of its sample in this execution.
         """
-        op, before = local, self.before
-        if before.samples or before.updates:
-            op = replace(
-                local, sample=local.sample + before.samples, version=local.version + before.updates
-            )
         stage, values, samples = self._stages[op.stage], self.values, self._samples
         activation, gradient = Relation.ACTIVATION, Relation.GRADIENT
         if op.kind is OpKind.FORWARD:
-            own = (activation, op.stage, local.sample)
-            inputs = values.pop(own) if op.stage > 0 else samples.inputs(op.sample)
+            key = (activation, op.stage, own)
+            inputs = values.pop(key) if op.stage > 0 else samples.inputs(op.sample)
             targets = samples.targets(op.sample) if stage.has_loss else None
             output = stage.forward(op, inputs, targets)
             if not stage.is_last:
-                values[activation, op.stage + 1, local.sample] = output
+                values[activation, op.stage + 1, own] = output
         elif op.kind is OpKind.RECOMPUTE:
             stage.recompute(op)
         elif op.kind in (OpKind.BACKWARD, OpKind.BACKWARD_INPUT):
-            error = None if stage.has_loss else values.pop((gradient, op.stage, local.sample))
+            error = None if stage.has_loss else values.pop((gradient, op.stage, own))
             result = stage.backward(op, error)
             if result is not None:
-                values[gradient, op.stage - 1, local.sample] = result
+                values[gradient, op.stage - 1, own] = result
         elif op.kind is OpKind.BACKWARD_WEIGHT:
             stage.backward(op)
         elif op.kind is OpKind.UPDATE:
             stage.update(op)
-        else:
-            raise ScheduleError(f"{op}: the torch backend does not run {op.kind.noun} operations")
-        return op
+        else:  # the update takes the mean over all replicas, which are all in this process
+            assert op.kind is OpKind.ALL_REDUCE
+
+
+def _key(message: Message) -> Key:
+    return message.relation, message.target, message.sample
 
 
 class LocalTransport:

@@ -27,6 +27,8 @@ class InFlight:
     roots: tuple[Tensor, ...] | None = None
     #: Whether its loss or its error is not finite, so that it is left out of the update.
     skipped: bool = False
+    #: Of a last stage that will be reversed: its output, which nobody sends back.
+    outputs: Value = ()
     #: Values of the weights and buffers that its pass has read, where nothing else keeps them.
     reading: Reading | None = None
     buffers: Weights | None = None
@@ -106,6 +108,7 @@ class Flight:
                     "version": sample.version,
                     "inputs": sample.inputs,
                     "targets": sample.targets,
+                    "outputs": sample.outputs,
                     "graph": sample.roots is not None,
                     "skipped": sample.skipped,
                     "reading": None if sample.reading is None else sample.reading.key,
@@ -151,6 +154,7 @@ class Flight:
                 record["version"],
                 {},
                 skipped=record["skipped"],
+                outputs=_value(record["outputs"]),
                 reading=None if record["reading"] is None else readings[tuple(record["reading"])],
                 buffers=None
                 if given is None

@@ -57,29 +57,34 @@ class Forward:
         part, _, rest = name.partition(".")
         return rest if part == "body" else f"head:{rest}"
 
-    def __call__(self, sample: InFlight, graph: bool = True) -> Value:
+    def __call__(self, sample: InFlight, graph: bool = True, moves: bool = True) -> Value:
         """The first pass: it moves the module's buffers. Returns the activation without a graph.
 
         Args:
             sample: its ``roots`` are set.
             graph: whether to build the graph; without, only a loss becomes a root.
+            moves: whether buffers move; if not, they change on copies that are thrown away.
 
         Raises:
             ValueError: if the activation is neither a tensor nor a tuple of tensors.
         """
-        return self._run(sample, sample.weights, graph)
+        return self._run(sample, sample.weights if moves else self.spare(sample), graph)
 
     def again(self, sample: InFlight) -> None:
         """Build the graph on the stored input. Buffers change on copies that are thrown away.
 
         They begin as the sample's ``buffers``, if it has some, and else as those of now.
         """
+        self._run(sample, self.spare(sample), graph=True)
+
+    def spare(self, sample: InFlight) -> Weights:
+        """A sample's weights, and copies of its buffers or else of those of now, by name."""
         own = sample.buffers or {}
         buffers = {
             name: own.get(self._outer(name), buffer).clone()
             for name, buffer in self.trained.named_buffers()
         }
-        self._run(sample, {**sample.weights, **buffers}, graph=True)
+        return {**sample.weights, **buffers}
 
     def _run(self, sample: InFlight, weights: Weights, graph: bool) -> Value:
         device = members(sample.inputs)[0].device

@@ -15,10 +15,11 @@ from ddg_gpu import checkpoint, models
 from ddg_gpu.boundaries import Boundary, TensorSpec, boundaries
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.partition import balanced_cuts, layer_costs, split
+from ddg_gpu.reversible import is_reversible
 from ddg_gpu.stage import Stage, StageOptions
 from ddg_gpu.step import OptimizerFactory, SchedulerFactory
 from ddg_sim.methods import Semantics, method
-from ddg_sim.rule import Activations, Gradient
+from ddg_sim.rule import Activations, Gradient, TransformKind
 from ddg_sim.schedule import Schedule, ScheduleError, Sync
 
 OPTIMIZERS = ("sgd", "adam")
@@ -160,7 +161,11 @@ def network(job: Job, dataset: Dataset) -> Network:
         CheckpointError: if the weights to start from cannot be used.
     """
     model = models.build(job.model, dataset.input_shape, dataset.classes, job.seed)
-    example = torch.zeros(1, *dataset.input_shape)
+    example, rule = dataset.example, job.schedule().rule
+    if rule.activations is Activations.RECONSTRUCT and not any(map(is_reversible, model)):
+        raise ValueError(
+            f"model {job.model!r} has no layer that {job.method} can reverse: take revnet16"
+        )
     if job.cuts is None:
         cuts = tuple(balanced_cuts(layer_costs(model, example), job.stages))
     else:
@@ -171,7 +176,8 @@ def network(job: Job, dataset: Dataset) -> Network:
                 f" {'index' if job.stages == 2 else 'indices'} for stages {job.stages},"
                 f" got {list(cuts)}"
             )
-    modules = split(model, job.stages, by=cuts)
+    tied = [int(stage) for stage in rule.values(TransformKind.TIED)]
+    modules = split(model, job.stages, by=cuts, tied=tied)
     if job.load is not None:
         checkpoint.load_into(model, job.load)
     crossing = tuple(boundaries(modules, example, PRECISIONS[job.precision]))
@@ -183,18 +189,18 @@ def num_iterations(job: Job, batches: Batches) -> int:
     if job.iterations is not None:
         return job.iterations
     assert job.epochs is not None
-    return -(-job.epochs * batches.per_epoch // job.schedule().samples_per_iteration)
+    return -(-job.epochs * batches.per_epoch // _batches_per_iteration(job.schedule()))
 
 
 def num_samples(job: Job, batches: Batches) -> int:
-    """Mini-batches, or micro-batches, that a job trains on.
+    """Mini-batches, or micro-batches, that a job trains on, on all replicas together.
 
     Raises:
         ValueError: if errors of one size would meet activations of another (see
             `Activations.NEWEST`), because the batch size does not divide the data.
     """
     schedule = job.schedule()
-    count = num_iterations(job, batches) * schedule.samples_per_iteration
+    count = num_iterations(job, batches) * _batches_per_iteration(schedule)
     if schedule.rule.activations is Activations.NEWEST and schedule.num_stages > 1:
         rest = {batches.size(sample) for sample in range(min(count, batches.per_epoch))}
         if len(rest) > 1:
@@ -203,6 +209,10 @@ def num_samples(job: Job, batches: Batches) -> int:
                 f" which {job.method} cannot mix with others: take a divisor of the data's size"
             )
     return count
+
+
+def _batches_per_iteration(schedule: Schedule) -> int:
+    return schedule.samples_per_iteration * schedule.replicas
 
 
 def optimizer_factory(job: Job) -> OptimizerFactory:

@@ -11,6 +11,7 @@ from ddg_gpu.boundaries import Boundary, TensorSpec
 from ddg_gpu.value import Value
 from ddg_sim.dependencies import Relation
 from ddg_sim.lowering import Message
+from ddg_sim.rule import Activations
 from ddg_sim.schedule import Schedule
 
 
@@ -32,7 +33,12 @@ def message_buffer(
     [torch.Size([8, 3]), torch.Size([8])]
     >>> len(make(Message(Relation.GRADIENT, 1, 0, sample=0)))  # numbers of type int have none
     1
+    >>> from ddg_sim.methods import petra
+    >>> make = message_buffer(petra(2), [crossing[0][0]], lambda sample: 8)
+    >>> len(make(Message(Relation.GRADIENT, 1, 0, sample=0)))  # the activation, and its gradient
+    2
     """
+    reconstructs = schedule.rule.activations is Activations.RECONSTRUCT
 
     def make(message: Message) -> Value:
         boundary = boundaries[min(message.source, message.target)]
@@ -41,9 +47,10 @@ def message_buffer(
         def one(spec: TensorSpec) -> Tensor:
             return torch.empty(spec.batched(examples), dtype=spec.dtype)
 
-        if isinstance(boundary, TensorSpec):
-            return one(boundary)
         errors = message.relation is Relation.GRADIENT
+        if isinstance(boundary, TensorSpec):
+            both = errors and reconstructs
+            return (one(boundary), one(boundary)) if both else one(boundary)
         return tuple(one(spec) for spec in boundary if spec.carries_error or not errors)
 
     return make

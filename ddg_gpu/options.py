@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ddg_gpu.step import SchedulerFactory
-from ddg_sim.rule import Activations, Jacobian, Rule, TransformKind
+from ddg_sim.rule import Activations, Gradient, Jacobian, Rule, TransformKind
 from ddg_sim.schedule import OpKind, Schedule, ScheduleError, staleness
 
 
@@ -64,35 +64,38 @@ def refuse(schedule: Schedule, stage: int, options: StageOptions | None = None) 
     Raises:
         ScheduleError: naming the first such part of the schedule.
 
-    >>> from ddg_sim.methods import petra
-    >>> refuse(petra(2), 0)
+    >>> from ddg_sim.methods import method
+    >>> refuse(method("sideways", 2, replicas=2), 0)
     Traceback (most recent call last):
     ...
-    ddg_sim.schedule.ScheduleError: petra: the torch backend does not know activations=reconstruct
+    ddg_sim.schedule.ScheduleError: sideways: the torch backend does not know the newest ...
     """
     rule, name = schedule.rule, schedule.method
     kinds = {template.kind for template in schedule.templates()}
     unknown: str | None = None
-    if rule.activations is Activations.RECONSTRUCT:
-        unknown = "activations=reconstruct"
-    elif tied := rule.values(TransformKind.TIED):
-        unknown = f"tied={','.join(f'{number:g}' for number in tied)}"
+    tied = tuple(map(int, rule.values(TransformKind.TIED)))
+    if rule.activations is Activations.RECONSTRUCT and rule.gradient is Gradient.LOCAL:
+        unknown = "reconstructed activations with local losses, for nothing brings outputs back"
+    elif rule.activations is Activations.RECONSTRUCT and OpKind.RECOMPUTE in kinds:
+        unknown = "reconstructed activations recomputed"
+    elif tied and schedule.worker_of(tied[0]) != schedule.worker_of(tied[1]):
+        unknown = f"tied stages {tied[0]} and {tied[1]} on two workers"
+    elif tied and any(template.version_lag for template in schedule.templates()):
+        unknown = "tied stages that read older weights"
     elif rule.values(TransformKind.PREDICT_FORWARD) and rule.jacobian is Jacobian.STASHED:
         unknown = "stashed weights that are predicted"
     elif rule.activations is Activations.NEWEST and rule.jacobian is Jacobian.STASHED:
         unknown = "the newest activations at stashed weights"
+    elif rule.activations is Activations.NEWEST and schedule.replicas > 1:
+        unknown = "the newest activations of several replicas"
     elif rule.activations is Activations.NEWEST and OpKind.RECOMPUTE in kinds:
         unknown = "the newest activations recomputed"
     if unknown is not None:
         raise ScheduleError(f"{name}: the torch backend does not know {unknown}")
     if flaw := rule.contradiction(schedule.num_stages):
         raise ScheduleError(f"{name}: {flaw}")
-    if OpKind.ALL_REDUCE in kinds:
-        raise ScheduleError(f"{name}: the torch backend does not run all-reduce operations")
     if options is not None:
         _refuse_options(schedule, stage, options)
-    if schedule.worker_of(stage, OpKind.FORWARD) != schedule.worker_of(stage):
-        raise ScheduleError(f"stage {stage}: the torch backend keeps a stage on one worker")
 
 
 def _refuse_options(schedule: Schedule, stage: int, options: StageOptions) -> None:

@@ -29,7 +29,11 @@ Found = TypeVar("Found")
 
 
 def split(
-    model: nn.Module, num_stages: int, by: By = "time", example: Value | None = None
+    model: nn.Module,
+    num_stages: int,
+    by: By = "time",
+    example: Value | None = None,
+    tied: Sequence[int] = (),
 ) -> list[nn.Module]:
     """Cut a model into stages; run one after the other they compute what the model computes.
 
@@ -59,6 +63,7 @@ def split(
         example: a mini-batch of inputs, a tensor (B, ...), or a tuple of them for a model that
             takes several arguments. Only an `nn.Sequential` that is not cut by time needs none,
             and what crosses is checked only where there is one.
+        tied: two stages that may share parameters, where the training method ties them.
 
     Raises:
         SplitError: if the model cannot be cut so: naming the layer, and what to do. Beside what
@@ -72,7 +77,7 @@ def split(
     >>> [len(stage) for stage in split(model, 3, by=["2", "4"], example=torch.zeros(1, 8))]
     [2, 2, 1]
     """
-    chain, cuts = _cut(model, num_stages, by, example)
+    chain, cuts = _cut(model, num_stages, by, example, tied)
     bounds = [0, *cuts, len(chain.names)]
     stages = [chain.join(first, last) for first, last in pairwise(bounds)]
     if example is not None:
@@ -83,14 +88,18 @@ def split(
 
 
 def cut_names(
-    model: nn.Module, num_stages: int, by: By = "time", example: Value | None = None
+    model: nn.Module,
+    num_stages: int,
+    by: By = "time",
+    example: Value | None = None,
+    tied: Sequence[int] = (),
 ) -> list[str]:
     """Where `split` cuts: names of the first layers of stages 1..K-1, to be given as its ``by``.
 
     >>> cut_names(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), 2, "parameters")
     ['2']
     """
-    chain, cuts = _cut(model, num_stages, by, example)
+    chain, cuts = _cut(model, num_stages, by, example, tied)
     return [chain.names[cut] for cut in cuts]
 
 
@@ -202,7 +211,7 @@ def _chains(model: nn.Module, example: Value | None) -> list[Callable[[], Chain]
 
 
 def _cut(
-    model: nn.Module, num_stages: int, by: By, example: Value | None
+    model: nn.Module, num_stages: int, by: By, example: Value | None, tied: Sequence[int]
 ) -> tuple[Chain, list[int]]:
     """The layers of a model, and which of them are the first of stages 1..K-1."""
     if num_stages < 1:
@@ -220,11 +229,11 @@ def _cut(
 
     def cuts(chain: Chain) -> tuple[Chain, list[int]]:
         if isinstance(by, str):
-            return chain, _balanced(chain, model, num_stages, by, example)
+            return chain, _balanced(chain, model, num_stages, by, example, bool(tied))
         return chain, _named(chain, model, by)
 
     chain, found = _first(model, example, cuts)
-    check(chain, model, found)
+    check(chain, model, found, tied)
     return chain, found
 
 
@@ -264,12 +273,17 @@ def _named(chain: Chain, model: nn.Module, by: Sequence[int | str]) -> list[int]
 
 
 def _balanced(
-    chain: Chain, model: nn.Module, num_stages: int, by: str, example: Value | None
+    chain: Chain,
+    model: nn.Module,
+    num_stages: int,
+    by: str,
+    example: Value | None,
+    may_share: bool,
 ) -> list[int]:
     """Cuts that minimise the largest stage's cost, where as few tensors cross as can be."""
     starts: list[int] = []
     for most in sorted(set(chain.crossing[1:])):
-        starts = trainable(chain, most)
+        starts = trainable(chain, most, may_share)
         if len(starts) >= num_stages:
             break
     else:

@@ -51,9 +51,10 @@ class Session:
 
     @property
     def fed(self) -> int:
-        """Samples that were fed, from the very first on."""
+        """Samples that were fed, to all replicas together, from the very first on."""
         execution = self._execution
-        return execution.before.samples + execution.fed * self.schedule.samples_per_iteration
+        each = self.schedule.samples_per_iteration * self.schedule.replicas
+        return execution.before.samples + execution.fed * each
 
     @property
     def length(self) -> int:

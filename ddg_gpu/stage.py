@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 
 import torch
@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from ddg_gpu.flight import Flight, InFlight, Sum
 from ddg_gpu.forward import Forward, seeded
 from ddg_gpu.options import USUAL, NonFiniteLossError, StageOptions, refuse
+from ddg_gpu.reversible import Inverse, is_reversible
 from ddg_gpu.state import StageState, Tree, copied
 from ddg_gpu.step import OptimizerFactory, Step
 from ddg_gpu.value import Value, checked, detached, filled, finite, floating, like, members
-from ddg_gpu.weights import VersionStore
-from ddg_sim.rule import Activations, Gradient, TransformKind
+from ddg_gpu.weights import VersionStore, call
+from ddg_sim.rule import Activations, Gradient, Jacobian, TransformKind
 from ddg_sim.schedule import Op, OpKind, Schedule, ScheduleError, staleness
 
 __all__ = ["InFlight", "NonFiniteLossError", "Stage", "StageOptions", "refuse", "seeded"]
+
+_KEEPS_GRAPH = (Activations.GRAPH, Activations.NEWEST)
 
 
 class Stage:
@@ -77,20 +80,31 @@ class Stage:
         self._options = options
         self._named = f"stage {index} (of {schedule.num_stages})"
         self._activations = rule.activations
+        self._stashes = rule.jacobian is Jacobian.STASHED
+        self._reconstructs = self._activations is Activations.RECONSTRUCT
+        reverses = self._reconstructs and is_reversible(module)
+        self._inverse = Inverse(module) if reverses else None
         shrink = rule.values(TransformKind.SHRINK)
         self._shrink = shrink[0] if shrink else None
         parameters = {name: p for name, p in self._run.named_parameters() if p.requires_grad}
         self._step = Step(parameters, optimizer, rule, index, options.clip_norm, options.scheduler)
-        lags = (t.version_lag for t in schedule.templates() if t.stage == index)
+        self.tied_to = tied_stage(schedule, index)
+        self._partner: Stage | None = None
+        lag = max(t.version_lag for t in schedule.templates() if t.stage == index)
+        stale = staleness(schedule)[index]
+        if schedule.worker_of(index, OpKind.FORWARD) != schedule.worker_of(index):
+            lag += stale  # updates come before the forward passes that must not see them
         self._store = VersionStore(
             self._run.trained,
             rule,
             index,
-            stale=staleness(schedule)[index] > 0,
-            lag=max(lags),
+            stale=stale > 0,
+            lag=lag,
+            tied=self.tied_to is not None,
             rate=lambda: self._step.rate,
         )
-        self._per_update = schedule.samples_per_iteration
+        self._replicas = schedule.replicas
+        self._per_update = schedule.samples_per_iteration * schedule.replicas
         self._first = 0  # sample of the first update
         self._flight = Flight()
 
@@ -100,9 +114,36 @@ class Stage:
         return self._flight.losses
 
     @property
+    def updates(self) -> int:
+        """How many updates the weights have had; of tied stages, those of both."""
+        return self._store.newest
+
+    @property
     def held(self) -> tuple[int, int]:
         """Samples in flight, and weight versions held, now."""
         return len(self._flight.samples.keys() | self._flight.halves.keys()), self._store.count
+
+    def tie(self, stages: Mapping[int, Stage]) -> None:
+        """Find the stage with which this one shares weights, if the schedule ties it to one.
+
+        The two have one parameter, in both modules, and an optimizer each. Both update it, with
+        their own gradient, momentum and weight decay, each when the schedule says so.
+
+        Args:
+            stages: the stages of this process, by index.
+
+        Raises:
+            ScheduleError: if the two share no parameter.
+        """
+        if self.tied_to is None:
+            return
+        self._partner = stages[self.tied_to]
+        own = set(map(id, self.module.parameters()))
+        if own.isdisjoint(map(id, self._partner.module.parameters())):
+            raise ScheduleError(
+                f"stages {self.index} and {self.tied_to} are tied, but share no parameter: take a"
+                " network whose first and last layers do, such as gpt-tiny-tied"
+            )
 
     def forward(self, op: Op, inputs: Value, targets: Value | None = None) -> Value:
         """Run a sample forward; returns the activation for the next stage, without a graph.
@@ -118,18 +159,21 @@ class Stage:
             NonFiniteLossError: if its loss is not finite, and such samples are not skipped.
         """
         inputs = self._leaves(inputs)
-        sample = InFlight(op.sample, inputs, targets, op.version, self._store.forward(op.version))
+        version = self._reads(op)
+        sample = InFlight(op.sample, inputs, targets, version, self._store.forward(version))
         if self._keeps_newest:
             self._flight.samples.clear()
-        graph = self._activations is not Activations.INPUT and not self._options.recompute
+        graph = self._activations in _KEEPS_GRAPH and not self._options.recompute
         self._note_reading(sample, graph)
         self._flight.samples[op.sample] = sample
-        output = self._run(sample, graph)
+        output = self._run(sample, graph, moves=(op.sample - self._first) % self._replicas == 0)
         if self.has_loss:
             assert sample.roots is not None
             self._note_loss(sample, float(sample.roots[0].detach()))
         if not graph:
             sample.roots = None
+        if self._inverse is not None:
+            sample.inputs, sample.outputs = (), output if self.is_last else ()
         return output
 
     def recompute(self, op: Op) -> None:
@@ -139,8 +183,7 @@ class Stage:
         on copies that are thrown away.
         """
         sample = self._flight.samples[op.sample]
-        sample.weights = self._store.again(sample.version, op.version)
-        sample.version = op.version
+        self._read_again(op, sample)
         sample.buffers = None  # it reads those of now
         self._note_reading(sample, graph=True)
         self._run.again(sample)
@@ -155,20 +198,24 @@ class Stage:
             op: a backward operation, or one of its halves.
             error: (B, ...) gradient of the loss by this stage's activation, a tensor per
                 floating-point member; None where the stage has a loss, and for the second half.
+                Where activations are reconstructed: the activation, and its gradient.
 
         Returns:
             (B, ...) the gradient of the loss by the stage's input, a tensor per floating-point
-            member: zeros where the loss does not depend on it; None if nobody needs it.
+            member: zeros where the loss does not depend on it; None if nobody needs it. Where
+            activations are reconstructed: the input, and its gradient.
 
         Raises:
             ScheduleError: if the error of a sample does not fit the newest one's activations.
         """
         first, second = op.kind is OpKind.BACKWARD_INPUT, op.kind is OpKind.BACKWARD_WEIGHT
-        self._store.differentiate(op.version)
+        self._store.differentiate(self._reads(op))
         if second:
             sample, error = self._flight.halves.pop(op.sample)
         else:
             sample = self._take(op, error)
+            if self._reconstructs:
+                error = self._reconstruct(op, sample, error)
             if error is not None and self._shrink is not None:
                 error = like(tuple(self._shrink * part for part in members(error)), error)
             if self._options.non_finite == "skip":
@@ -192,11 +239,12 @@ class Stage:
         if not inputs:
             return None
         if sample.skipped:
-            return filled(sample.inputs, math.nan)
-        own = zip(found[len(weights) :], inputs, strict=True)
-        return like(
-            tuple(torch.zeros_like(x) if part is None else part for part, x in own), sample.inputs
-        )
+            sent = filled(sample.inputs, math.nan)
+        else:
+            own = zip(found[len(weights) :], inputs, strict=True)
+            parts = tuple(torch.zeros_like(x) if part is None else part for part, x in own)
+            sent = like(parts, sample.inputs)
+        return (inputs[0].detach(), *members(sent)) if self._reconstructs else sent
 
     def update(self, op: Op) -> None:
         """Apply the mean gradient of the samples of an update: those that enter in one iteration.
@@ -204,13 +252,16 @@ class Stage:
         The learning rate is the one in force now.
         """
         total = self._flight.sums.pop(self._group(op))
+        self._store.updating()
+        if self._partner is not None:
+            self._partner._store.updating()
         if total.count:
-            self._store.updating()
             self._store.updated(self._step(total.mean(), op.version - 1))
         else:
-            self._store.updating()
             self._store.updated(self._store.motion)
-        if self._store.newest != op.version:
+        if self._partner is not None:
+            self._partner._store.shared()
+        elif self._store.newest != op.version:
             raise RuntimeError(f"{op} produced version {self._store.newest}")
 
     def state(self) -> StageState:
@@ -277,7 +328,8 @@ class Stage:
         self._flight = Flight.restored(flight["samples"], buffers, self._grow)
 
     def _grow(self, sample: InFlight, graph: bool) -> None:
-        sample.inputs = self._leaves(sample.inputs)
+        if self._inverse is None:
+            sample.inputs = self._leaves(sample.inputs)
         with self._store.rebuilding(sample.version, sample.reading) as sample.weights:
             if graph:
                 self._run.again(sample)
@@ -292,9 +344,45 @@ class Stage:
                     f"stage {self.index}: the input has no floating-point tensor, so that stage"
                     f" {self.index - 1} gets no error: cut the network elsewhere"
                 )
+            if self._reconstructs and not isinstance(inputs, Tensor):
+                raise ValueError(
+                    f"stage {self.index}: what is reconstructed must be one tensor, not a tuple:"
+                    " cut the network elsewhere"
+                )
             for tensor in flowing:
                 tensor.requires_grad_()
         return inputs
+
+    def _reads(self, op: Op) -> int:
+        """The version that an operation reads; those of tied stages count the updates of both."""
+        return op.version if self.tied_to is None else self._store.newest
+
+    def _read_again(self, op: Op, sample: InFlight) -> None:
+        """Take the weights that a second forward pass reads."""
+        version = sample.version if self._stashes else self._reads(op)
+        sample.weights = self._store.again(sample.version, version)
+        sample.version = version
+
+    def _reconstruct(self, op: Op, sample: InFlight, received: Value | None) -> Value | None:
+        """Run a sample forward again, on the input that follows from its output.
+
+        A stage that is not reversible has kept its input. All happens at the weights that the
+        backward operation reads; buffers do not change.
+
+        Returns:
+            The error of what was received; None at the last stage.
+        """
+        self._read_again(op, sample)
+        outputs, error = sample.outputs, None
+        if received is not None:
+            outputs, error = members(received)
+        if self._inverse is not None:
+            named = {f"body.{name}": tensor for name, tensor in self._run.spare(sample).items()}
+            with torch.no_grad():
+                sample.inputs = self._leaves(call(self._inverse, named, outputs))
+            sample.outputs = ()
+        self._run.again(sample)
+        return error
 
     def _note_reading(self, sample: InFlight, graph: bool) -> None:
         """Keep what the coming pass reads, where it is needed to run it again."""
@@ -353,6 +441,17 @@ def _gradients(
         return (None,) * len(leaves)
     outputs, given = zip(*grown, strict=True)
     return torch.autograd.grad(outputs, leaves, given, retain_graph=again, allow_unused=True)
+
+
+def tied_stage(schedule: Schedule, stage: int) -> int | None:
+    """The stage that shares weights with this one; or None.
+
+    >>> from ddg_sim.methods import ouroboros
+    >>> [tied_stage(ouroboros(3), stage) for stage in range(3)]
+    [2, None, 0]
+    """
+    tied = [int(number) for number in schedule.rule.values(TransformKind.TIED)]
+    return sum(tied) - stage if stage in tied else None
 
 
 def _copy(target: Tensor, source: Tensor | None, what: str) -> None:

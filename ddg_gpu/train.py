@@ -18,6 +18,7 @@ from ddg_gpu.execute import LocalTransport, timeline
 from ddg_gpu.job import Job, make_stage, network, num_iterations, num_samples
 from ddg_gpu.processes import Progress, keep_freed_memory
 from ddg_gpu.snapshots import Snapshots, newest
+from ddg_gpu.transport import require_processes
 from ddg_gpu.worker import WorkerOutcome, run_workers
 from ddg_sim.notation import parse_op
 from ddg_sim.timeline import Timeline
@@ -123,6 +124,7 @@ def train(
                 log=log,
             )
         return _assemble(job, dataset, [outcome])
+    require_processes(job.schedule())
     _check(job, dataset)  # a wrong argument shows here, not in K processes
     if under_torchrun():
         outcomes = run_rank(job, dataset, timeout, snapshots, start, log)
@@ -151,8 +153,9 @@ def _check(job: Job, dataset: Dataset) -> None:
     """Make all checks of the job, on the way to its stages."""
     num_samples(job, Batches(dataset, job.batch_size, job.seed))
     schedule, parts = job.schedule(), network(job, dataset)
-    for index in range(job.stages):
-        make_stage(job, schedule, parts, index)
+    stages = {index: make_stage(job, schedule, parts, index) for index in range(job.stages)}
+    for stage in stages.values():
+        stage.tie(stages)
 
 
 def _assemble(job: Job, dataset: Dataset, outcomes: Sequence[WorkerOutcome]) -> Run:
@@ -189,7 +192,7 @@ def one_thread() -> Iterator[None]:
 
 
 def evaluate(model: nn.Sequential, dataset: Dataset, batch_size: int = 500) -> float:
-    """Fraction of the test examples that a model classifies correctly.
+    """Fraction of the test examples (of a text: its characters) that a model gets right.
 
     Args:
         model: the network; it is left in evaluation mode.
@@ -201,5 +204,5 @@ def evaluate(model: nn.Sequential, dataset: Dataset, batch_size: int = 500) -> f
     with torch.inference_mode():
         for inputs, targets in dataset.test_batches(batch_size):
             correct += int((model(inputs).argmax(dim=1) == targets).sum())
-            total += len(targets)
+            total += targets.numel()
     return correct / total

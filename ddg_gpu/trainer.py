@@ -105,6 +105,7 @@ class Trainer:
             self._crossing = boundaries(modules, example, options.precision)
         self.schedule = schedule
         self.modules = list(modules)
+        self._parts = schedule.samples_per_iteration * schedule.replicas  # of a mini-batch
         self._timeout = timeout
         self._stages = {
             index: Stage(
@@ -129,8 +130,8 @@ class Trainer:
     def step(self, inputs: Value, targets: Any) -> Finished | None:
         """Feed a mini-batch, and run one iteration of the schedule.
 
-        Where the schedule takes several samples per iteration (micro-batches), the mini-batch is
-        divided into as many parts, as equal as can be.
+        Where the schedule takes several samples per iteration (micro-batches, replicas), the
+        mini-batch is divided into as many parts, as equal as can be.
 
         Args:
             inputs: (B, ...) a tensor, or a flat tuple of tensors.
@@ -144,7 +145,7 @@ class Trainer:
             ValueError: if inputs and targets are not of one batch size, or fewer than the parts.
             PeerLostError: if another process is gone, or does not answer in time.
         """
-        parts = self.schedule.samples_per_iteration
+        parts = self._parts
         size = _batch_size(inputs, targets)
         if size < parts:
             raise ValueError(f"inputs must have at least {parts} examples, got {size}")
@@ -267,7 +268,7 @@ class Trainer:
 
     def _finished(self) -> list[Finished]:
         """The steps whose last sample was applied by the last stage, with their losses."""
-        parts = self.schedule.samples_per_iteration
+        parts = self._parts
         losses = self._stages[self.schedule.num_stages - 1].losses if self._applied else {}
         found = []
         for last in self._applied:

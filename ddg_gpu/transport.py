@@ -22,7 +22,7 @@ from ddg_gpu.execute import CREDIT_SHAPE
 from ddg_gpu.value import Value, members
 from ddg_sim.dependencies import Relation
 from ddg_sim.lowering import Barrier, Message, Receive, channels, slots
-from ddg_sim.schedule import Schedule
+from ddg_sim.schedule import OpKind, Schedule, ScheduleError
 
 _KINDS = (Relation.ACTIVATION, Relation.GRADIENT, Relation.CREDIT)  # of messages between stages
 #: Most tensors of one message.
@@ -32,6 +32,31 @@ Stream = tuple[Relation, int]  # what is received, and by which stage
 
 class PeerLostError(RuntimeError):
     """A neighbour died or did not answer in time: the consequence of a failure, not its cause."""
+
+
+def require_processes(schedule: Schedule) -> None:
+    """Refuse what can be trained in one process only.
+
+    Raises:
+        ScheduleError: naming the method.
+
+    >>> from ddg_sim.methods import pd_asgd
+    >>> require_processes(pd_asgd(2))
+    Traceback (most recent call last):
+    ...
+    ddg_sim.schedule.ScheduleError: pd-asgd: the two workers of stage 0 share its weights: take ...
+    """
+    if schedule.replicas > 1:
+        raise ScheduleError(
+            f"{schedule.method}: replicas {schedule.replicas} train in one process only: take the"
+            " serial executor"
+        )
+    for stage in range(schedule.num_stages):
+        if schedule.worker_of(stage, OpKind.FORWARD) != schedule.worker_of(stage):
+            raise ScheduleError(
+                f"{schedule.method}: the two workers of stage {stage} share its weights: take the"
+                " serial executor"
+            )
 
 
 class GlooTransport:
@@ -46,6 +71,9 @@ class GlooTransport:
             examples goes ahead of each value and is compared, as gloo says nothing of messages that
             are shorter than was expected, and waits for ever for longer ones. The value itself
             travels only then.
+
+    Raises:
+        ScheduleError: for a schedule that is for one process only, see `require_processes`.
     """
 
     def __init__(
@@ -56,6 +84,7 @@ class GlooTransport:
         timeout: float,
         trusting: bool = True,
     ) -> None:
+        require_processes(schedule)
         self._rank = {stage: schedule.worker_of(stage) for stage in range(schedule.num_stages)}
         self._buffer = buffer
         self._timeout = timedelta(seconds=timeout)

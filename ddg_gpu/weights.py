@@ -70,6 +70,8 @@ class VersionStore:
         stale: whether updates happen between a sample's forward and its backward pass. If not, the
             live parameters serve, unless a correction says otherwise.
         lag: by how many updates the weights of a forward pass may be older than the newest.
+        tied: whether another stage updates some of the parameters too. Its updates count as
+            versions, see `shared`.
         rate: gives the learning rate in force, for predictions.
     """
 
@@ -80,6 +82,7 @@ class VersionStore:
         stage: int,
         stale: bool,
         lag: int = 0,
+        tied: bool = False,
         rate: Callable[[], float] = lambda: 0.0,
     ) -> None:
         def number(kind: TransformKind, offset: int = 0) -> float:
@@ -99,10 +102,11 @@ class VersionStore:
             False: number(TransformKind.PREDICT_BACKWARD),
         }
         self._behind = number(TransformKind.DISCREPANCY, offset=1)
+        stale = stale or tied  # for where the other's updates come is not counted there
         self._stash = stale and rule.jacobian is Jacobian.STASHED
-        self._overtaken = stale and rule.activations is not Activations.INPUT
+        self._overtaken = stale and rule.activations in (Activations.GRAPH, Activations.NEWEST)
         corrected = bool(any(self._ahead.values()) or self._behind)
-        works = not self._stash and (corrected or lag > 0)
+        works = not self._stash and (corrected or lag > 0 or tied)  # for the other may move them
         self._working = self._copy() if works else None
         self._holds: tuple[float, ...] = ()  # what is written there
 
@@ -139,7 +143,11 @@ class VersionStore:
 
     @torch.no_grad()
     def updating(self) -> None:
-        """Let the optimizer change the live parameters: what is still read is left as it is."""
+        """Let an optimizer change the live parameters: what is still read is left as it is.
+
+        All of them move, also where a tied stage changes only some: afterwards the version that is
+        read is no longer the newest, and nobody would move the rest before the next update.
+        """
         self._forget(self.newest + 1)
         if self._lag and self.newest not in self._held:
             self._hold(self.newest)
@@ -152,6 +160,10 @@ class VersionStore:
         """Note that the optimizer has changed the live parameters, and how."""
         self.newest += 1
         self.motion = motion
+
+    def shared(self) -> None:
+        """Note that the optimizer of a tied stage has changed some live parameters."""
+        self.newest += 1
 
     def reading(self, known: Callable[[tuple[float, ...]], Reading | None]) -> Reading | None:
         """What a pass has just read, if the store will not keep it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,8 +22,10 @@ from ddg_gpu.weights import VersionStore
 from ddg_sim.lowering import memory
 from ddg_sim.methods import METHODS, method
 from ddg_sim.notation import parse
+from ddg_sim.rule import Activations, TransformKind
 from ddg_sim.schedule import Op, Schedule, ScheduleError
 from theory.iterate import iterate
+from theory.problems import reversible_chain
 
 WIDTH, RATE = 3, 0.2
 
@@ -60,14 +64,15 @@ class TanhChain:
 class Drawn:
     """The chain's samples in the order of a path, as mini-batches of one."""
 
-    chain: TanhChain
+    x: Any
+    y: Any
     path: Any
 
     def inputs(self, sample: int) -> Tensor:
-        return torch.tensor(self.chain.x[self.path[sample]])[None]
+        return torch.tensor(self.x[self.path[sample]])[None]
 
     def targets(self, sample: int) -> Tensor:
-        return torch.tensor(self.chain.y[self.path[sample]])[None]
+        return torch.tensor(self.y[self.path[sample]])[None]
 
 
 class Tanh(nn.Module):
@@ -83,13 +88,35 @@ def half_square(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * ((outputs - targets) ** 2).sum()
 
 
+class Crossed(nn.Module):
+    """(u, v) -> (v, u + a sin(w) tanh(v)), the stage of `theory.reversible`."""
+
+    def __init__(self, weights: Any, strength: float) -> None:
+        super().__init__()
+        self.weight, self.strength = nn.Parameter(torch.tensor(weights)), strength
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        u, v = inputs.unbind(1)
+        return torch.stack([v, u + self.strength * self.weight.sin() * v.tanh()], dim=1)
+
+    def inverse(self, outputs: Tensor) -> Tensor:
+        v, y = outputs.unbind(1)
+        return torch.stack([y - self.strength * self.weight.sin() * v.tanh(), v], dim=1)
+
+
 def compare_with_numpy(schedule: Schedule, momentum: float) -> None:
     """Same weights after a run with samples left in flight, as the NumPy executor leaves them."""
-    chain, ticks = TanhChain(schedule.num_stages), schedule.num_ticks(0) + 5
-    path = np.random.default_rng(3).integers(0, 5, ticks * schedule.samples_per_iteration)
+    ticks = schedule.num_ticks(0) + 5
+    chain: Any = TanhChain(schedule.num_stages)
+    make_module: Callable[[Any], nn.Module] = Tanh
+    if schedule.rule.activations is Activations.RECONSTRUCT:
+        chain = reversible_chain(schedule.num_stages, num_samples=5)
+        make_module = partial(Crossed, strength=chain.layer.strength)
+    samples = ticks * schedule.samples_per_iteration * schedule.replicas
+    path = np.random.default_rng(3).integers(0, 5, samples)
     gammas = np.random.default_rng(4).uniform(0.5 * RATE, 1.5 * RATE, ticks)
     expected = iterate(schedule, chain, path[None], gammas, momentum=momentum)  # type: ignore[arg-type]
-    modules = [Tanh(chain.start[block]) for block in chain.blocks]
+    modules = [make_module(chain.start[block]) for block in chain.blocks]
     optimizers: list[torch.optim.Optimizer] = []
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -111,17 +138,20 @@ def compare_with_numpy(schedule: Schedule, momentum: float) -> None:
             optimizers[self.index].param_groups[0]["lr"] = gammas[op.iteration]
             super().update(op)
 
+    tied = [int(k) for k in schedule.rule.values(TransformKind.TIED)]
+    if tied:
+        modules[tied[1]].weight = modules[tied[0]].weight
     stages = [
         Scheduled(module, k, schedule, make, loss=half_square, head=nn.Identity())
         for k, module in enumerate(modules)
     ]
-    run_serial(schedule, stages, Drawn(chain, path), ticks, drain=False)
+    ends = (chain.inputs(np.arange(5)), -chain.loss_gradient(0.0 * chain.inputs([0] * 5), range(5)))
+    run_serial(schedule, stages, Drawn(*ends, path), ticks, drain=False)
     found = np.concatenate([module.weight.detach().numpy().ravel() for module in modules])
     assert not np.allclose(found, chain.start, atol=1e-2)
     np.testing.assert_allclose(found, expected.w[-1, 0], rtol=0, atol=1e-11)
 
 
-REFUSED = ("petra", "ouroboros", "pd-asgd", "dp")
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "fdg": [{"shrink": 0.7}],
     "dgl": [{"buffer": 1}],
@@ -129,6 +159,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "pb": [{"spike": True}, {"predict": True}, {"spike": True, "predict": True}],
     "pipedream": [{"vertical_sync": True}],
     "pipemare": [{"anneal": 4.0}, {"decay": 0.4}, {"anneal": 4.0, "decay": 0.4}],
+    "dp": [{"replicas": 3}],
+    "ddg": [{"replicas": 2}],
+    "ouroboros": [{"replicas": 2}],
+    "petra": [{"accumulate": 2}],
     "pipedream-2bw": [{"micro_batches": 5}],
     "xpipe": [{"micro_batches": 1}, {"micro_batches": 3}],
     "zb-h1": [{"micro_batches": 2}],
@@ -138,7 +172,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 def catalogue() -> list[Any]:
     cases = []
     for name in METHODS:
-        for options in [{}, *OPTIONS.get(name, [])] if name not in REFUSED else []:
+        for options in [{}, *OPTIONS.get(name, [])]:
             for stages in (2, 4) if name == "interleaved" else (1, 2, 3, 4):
                 text = ",".join(f"{key}={value}" for key, value in options.items())
                 case = method(name, stages, **options)
@@ -150,6 +184,99 @@ def catalogue() -> list[Any]:
 @pytest.mark.parametrize("schedule", catalogue())
 def test_every_method_equals_the_numpy_executor(schedule: Schedule, momentum: float) -> None:
     compare_with_numpy(schedule, momentum)
+
+
+TIED = {
+    "stash": "activations=graph jacobian=stashed",
+    "current": "activations=graph jacobian=current",
+    "replay": "activations=input jacobian=current",
+    "replay-stash": "activations=input jacobian=stashed",
+    "reconstruct": "activations=reconstruct jacobian=current",
+    "predict": "activations=graph jacobian=current predict-forward=1,0,2",
+}
+
+
+@pytest.mark.parametrize("order", ["F0(t) F2(t) B0(t-2) U0(t-2) B2(t) U2(t)", None])
+@pytest.mark.parametrize("reading", TIED)
+def test_updates_of_a_tied_stage_come_between(reading: str, order: str | None) -> None:
+    """Between forward and backward passes of the other, with every reading of the weights."""
+    order = order or "F0(t) B0(t-3) U0(t-3) F2(t-1) B2(t-2) U2(t-2)"
+    middle = "F1(t) B1(t-1) U1(t-1)" if "B0(t-2)" in order else "F1(t-1) B1(t-3) U1(t-3)"
+    if "replay" in reading:
+        order, middle = (re.sub(r"B(\d\S+)", r"R\1 B\1", text) for text in (order, middle))
+    rule, _, transforms = TIED[reading].partition(" predict")
+    schedule = parse(
+        f"x stages=3 sync=none {rule} samples=1 tied=0,2{transforms and ' predict'}{transforms}\n"
+        f"worker 0: {order}\nworker 1: {middle}"
+    )
+    compare_with_numpy(schedule, momentum=0.7)
+
+
+@pytest.mark.parametrize("delay", [1, 3])
+@pytest.mark.parametrize("backward_first", [False, True])
+def test_updates_may_overtake_forward_passes_on_another_worker(
+    backward_first: bool, delay: int
+) -> None:
+    """Whichever worker has its turn first, a forward pass reads what the schedule says."""
+    down = f"B1(t-{delay}) U1(t-{delay}) B0(t-{delay}) U0(t-{delay})"
+    workers = ["F0(t) F1(t)", down][:: -1 if backward_first else 1]
+    schedule = parse(
+        "x stages=2 sync=none activations=graph jacobian=current samples=1\n"
+        f"worker 0: {workers[0]}\nworker 1: {workers[1]}"
+    )
+    compare_with_numpy(schedule, momentum=0.7)
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_replicas_take_the_mean_gradient_and_the_first_one_s_buffers(num_stages: int) -> None:
+    """Plain synchronous data parallelism on the whole model, bit for bit."""
+    replicas, iterations = 3, 4
+    modules = toy_stages(num_stages)
+    make = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3)
+    steps = [make(list(module.parameters())) for module in modules]
+    with one_thread():
+        for t in range(iterations):
+            now = snapshot(modules)
+            flat = [tensor for stage in now for tensor in stage.values()]
+            found = []
+            for sample in range(replicas * t, replicas * (t + 1)):
+                buffers = [[b.clone() for b in module.buffers()] for module in modules]
+                loss = whole_model_loss(modules, now, Toy(), sample, seed=0)
+                found.append(torch.autograd.grad(loss, flat))
+                if sample % replicas:
+                    for module, kept in zip(modules, buffers, strict=True):
+                        for own, old in zip(module.buffers(), kept, strict=True):
+                            own.copy_(old)
+            means = iter([(a + b + c) / 3 for a, b, c in zip(*found, strict=True)])
+            for module, step in zip(modules, steps, strict=True):
+                for parameter in module.parameters():
+                    parameter.grad = next(means)
+                step.step()
+    stages = toy_run(method("dp", num_stages, replicas=replicas), iterations)
+    assert_same_bits(state(stages), [t for m in modules for t in m.state_dict().values()])
+    assert sorted(stages[-1].losses) == list(range(replicas * iterations))
+
+
+def test_what_a_tied_stage_does_not_change_stays_with_its_readers_too() -> None:
+    """Its update comes between a forward pass and the own update, which changes the rest."""
+    module = nn.Linear(1, 1)
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)
+    store = VersionStore(module, method("ouroboros", 2).rule, 0, stale=True, tied=True)
+    read = store.forward(0)
+    with torch.no_grad():
+        store.updating()
+        module.weight += 1.0
+        store.shared()
+        store.updating()
+        module.bias += 1.0
+        store.updated()
+    assert [read[name].item() for name in ("weight", "bias")] == [0.0, 0.0]
+
+
+def test_tied_stages_without_a_shared_parameter_are_refused() -> None:
+    with pytest.raises(ScheduleError, match="stages 0 and 2 are tied, but share no parameter"):
+        toy_run(method("ouroboros", 3))
 
 
 def toy_run(schedule: Schedule, iterations: int = 5, optimizer: Any = None) -> list[Stage]:
@@ -375,8 +502,14 @@ def test_held_samples_and_versions_equal_the_predicted_ones(schedule: Schedule) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("activations=reconstruct jacobian=current samples=1", "activations=reconstruct"),
-        ("activations=graph jacobian=stashed samples=1 tied=0,1", "does not know tied=0,1"),
+        (
+            "activations=reconstruct jacobian=current samples=1 gradient=local",
+            "reconstructed activations with local losses",
+        ),
+        (
+            "activations=graph jacobian=stashed samples=1 tied=0,1",
+            "tied stages 0 and 1 on two workers",
+        ),
         (
             "activations=graph jacobian=stashed samples=1 predict-forward=1,0",
             "does not know stashed weights that are predicted",

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ddg_gpu.models import MODELS, build
+from ddg_gpu.models import IMAGE_MODELS, TEXT_MODELS, build, head
+from ddg_gpu.reversible import Inverse, is_reversible
 
 CIFAR = (3, 32, 32)
 
@@ -47,7 +48,7 @@ def test_mlp_has_eight_children_with_one_linear_each() -> None:
     assert isinstance(network[-1], nn.Linear)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 @pytest.mark.parametrize("shape", [(1, 8, 8), CIFAR])
 def test_every_model_trains_on_digits_and_on_cifar_shapes(
     name: str, shape: tuple[int, int, int]
@@ -79,19 +80,66 @@ def test_the_shortcut_takes_every_second_pixel_and_appends_zero_channels() -> No
     assert not outputs[:, 16:].any()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*IMAGE_MODELS, *TEXT_MODELS])
 @pytest.mark.parametrize("requires_grad", [False, True])  # autograd guards only the second case
 def test_no_layer_changes_its_input(name: str, requires_grad: bool) -> None:
-    network = build(name, (1, 8, 8), classes=10, seed=0)
+    example = (8,) if name in TEXT_MODELS else (1, 8, 8)
+    network = build(name, example, classes=10, seed=0)
     generator = torch.Generator().manual_seed(1)
-    shape = torch.Size((4, 1, 8, 8))
-    for layer in network:
-        inputs = torch.randn(shape, generator=generator).requires_grad_(requires_grad)
+    shape = torch.Size((4, *example))
+    for index, layer in enumerate(network):
+        if index == 0 and name in TEXT_MODELS:
+            inputs = torch.randint(10, shape, generator=generator)
+        else:
+            inputs = torch.randn(shape, generator=generator).requires_grad_(requires_grad)
         before = inputs.detach().clone()
         outputs = layer(inputs)
         outputs.sum().backward()
         assert torch.equal(inputs, before)
         shape = outputs.shape
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_a_character_sees_no_later_one(name: str) -> None:
+    network = build(name, (8,), classes=10, seed=0).double()
+    tokens = torch.randint(10, (3, 8), generator=torch.Generator().manual_seed(1))
+    changed = tokens.clone()
+    changed[:, 5] = (tokens[:, 5] + 1) % 10
+    differs = (network(tokens) - network(changed)).abs().amax(dim=(0, 1)) > 1e-9
+    assert differs.tolist() == [False] * 5 + [True] * 3
+
+
+def test_tied_layers_are_one_parameter_and_start_as_the_untied_do() -> None:
+    tied, untied = (build(name, (8,), classes=10, seed=0) for name in TEXT_MODELS[::-1])
+    assert parameters(untied) - parameters(tied) == 10 * 64
+    own = tied.state_dict()
+    assert torch.equal(own["0.tokens.weight"], own["5.output.weight"])
+    assert torch.equal(own["0.tokens.weight"], untied.state_dict()["0.tokens.weight"])
+
+
+def test_a_head_of_a_text_gives_logits_for_every_character() -> None:
+    assert head((8, 6), classes=5)(torch.zeros(2, 8, 6)).shape == (2, 5, 8)
+
+
+def test_couplings_of_a_revnet_are_undone_and_nothing_else_can_be() -> None:
+    network = build("revnet16", CIFAR, classes=10, seed=0).double()
+    assert [is_reversible(layer) for layer in network] == [False, True] * 3 + [False]
+    activation = torch.randn(
+        4, *CIFAR, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    for layer in network:
+        outputs = layer(activation)
+        if is_reversible(layer):
+            assert not torch.allclose(outputs, activation, atol=0.1)
+            torch.testing.assert_close(Inverse(layer)(outputs), activation, rtol=0, atol=1e-12)
+        activation = outputs
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("revnet16", 1), ("revnet40", 3)])
+def test_a_revnet_has_12n_plus_4_weighted_layers(name: str, blocks: int) -> None:
+    network = build(name, CIFAR, classes=10, seed=0)
+    weighted = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(weighted) == 12 * blocks + 4 == int(name.removeprefix("revnet"))
 
 
 def test_weights_are_a_function_of_the_seed_alone() -> None:
@@ -121,10 +169,10 @@ def test_convolutions_are_drawn_with_the_variance_that_relu_keeps() -> None:
         (("resnet18", CIFAR, 10), r"name='resnet18' .*known are mlp, resnet8, .*resnet110"),
         (("mlp", (3, 0, 32), 10), r"input_shape=\(3, 0, 32\)"),
         (("mlp", CIFAR, 0), r"classes=0 must be at least 1"),
+        (("mlp", (8,), 10), r"'mlp' reads images, not .*=\(8,\): .*'digits', or .* gpt-tiny or"),
+        (("gpt-tiny", CIFAR, 10), r"'gpt-tiny' reads text, not .*'text', or the model mlp or"),
     ],
 )
-def test_bad_arguments_are_named(
-    arguments: tuple[str, tuple[int, int, int], int], text: str
-) -> None:
+def test_bad_arguments_are_named(arguments: tuple[str, tuple[int, ...], int], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         build(*arguments, seed=0)

@@ -16,7 +16,7 @@ from ddg_gpu.train import one_thread
 from ddg_sim.methods import METHODS, Semantics, ddg, method
 from ddg_sim.schedule import Op, OpKind, Schedule
 
-#: Not run by the backend, or not on three stages.
+#: With needs of their own, or not on three stages.
 OTHERS = ("petra", "ouroboros", "pd-asgd", "dp", "interleaved")
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
