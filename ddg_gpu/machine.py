@@ -175,7 +175,9 @@ def _influences(job: Job, rank: int, given: dict[str, Any], _report: Report) -> 
                     alone[kind] = found
                 elif rank == first:
                     seconds[kind, other] = found
-    times = max(count.values())
+    most = torch.tensor(max(count.values()))
+    dist.all_reduce(most, dist.ReduceOp.MAX)  # all take part in all turns
+    times = int(most)
     busy: dict[OpKind, list[float]] = defaultdict(list)
     for turn in range(job.stages):
         dist.barrier()
