@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--samples", type=int, default=16, help="of each run, about")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end before, if it can")
     parser.add_argument("--methods", default=None, help="comma-separated; default: all that train")
     parser.add_argument("--no-variants", action="store_true", help="defaults of all methods only")
     parser.add_argument("--output", type=Path, default=None)
@@ -112,7 +114,14 @@ def main() -> None:
     names, refused = trainable(options.stages, names)
     dataset = random_images() if options.data is None else load(options.data)
     job = Job("bp", options.stages, options.model, iterations=1, batch_size=options.batch_size)
-    profile, found = compare(job, names, dataset, rounds=options.rounds, samples=options.samples)
+    profile, found = compare(
+        job,
+        names,
+        dataset,
+        rounds=options.rounds,
+        samples=options.samples,
+        seconds=options.seconds,
+    )
     print(f"{options.stages} stages, {available_cores()} cores, cuts {profile.cuts}\n")
     print(table(found))
     for name, reason in refused.items():

@@ -181,9 +181,7 @@ def summarise(
 def _operation_times(timings: Sequence[Durations]) -> list[OperationTimes]:
     """Per stage, from several timings of one program."""
     return [
-        _stage_times(
-            {kind: _steadied([chunk[kind] for chunk in same]) for kind in same[0]}
-        )
+        _stage_times({kind: _steadied([chunk[kind] for chunk in same]) for kind in same[0]})
         for same in zip(*timings, strict=True)
     ]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite
 from statistics import median
+from time import perf_counter
 
 from scipy.stats import quantile_test
 
@@ -104,6 +105,7 @@ def compare(
     profile: Profile | None = None,
     rounds: int = 3,
     samples: int | None = None,
+    seconds: float = inf,
     timeout: float = 120.0,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Profile, list[Comparison]]:
@@ -122,6 +124,7 @@ def compare(
         profile: costs measured before; None measures them.
         rounds: runs of each method.
         samples: mini-batches, or micro-batches, of each run, about; None: ``job.iterations``.
+        seconds: no round is begun that would probably end later than that.
         timeout: seconds that a worker may wait for another.
         progress: called with (samples finished, samples in all).
 
@@ -152,11 +155,15 @@ def compare(
     needed = programs([job, *jobs.values()])
     first = {program_text(own.schedule()) for own in jobs.values()}
 
+    begin = perf_counter()
     timings: list[Timing] = []
     operations: dict[str, list[Durations]] = defaultdict(list)
     runs: dict[str, list[Run]] = {text: [] for text in jobs}
     for turn in range(rounds * len(jobs)):
         text = list(jobs)[turn % len(jobs)]
+        spent, done_rounds = perf_counter() - begin, turn // len(jobs)
+        if turn % len(jobs) == 0 and spent * (done_rounds + 1) > seconds * done_rounds > 0:
+            break
         if profile is None and turn % len(jobs) == 0:
             timings.append(time_machine(job, dataset))
             for program, own in needed.items():

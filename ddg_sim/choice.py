@@ -83,7 +83,9 @@ def _read(option: str, kind: str, value: str | None) -> object:
     if kind.startswith("Semantics"):
         return _one_of(Semantics, option, value)
     if kind.startswith("Sequence"):
-        return tuple(_number(option, part, int, "numbers such as 2-1-0") for part in value.split("-"))
+        return tuple(
+            _number(option, part, int, "numbers such as 2-1-0") for part in value.split("-")
+        )
     if kind.startswith("float"):
         return _number(option, value, float, "a number")
     return _number(option, value, int, "a number")

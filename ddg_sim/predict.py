@@ -72,10 +72,7 @@ class Prediction:
             return self.cycle.explain()
         workers = len(self.schedule.workers) * self.schedule.replicas
         cores = f"{self.cores} core{'' if self.cores == 1 else 's'}"
-        return (
-            f"{workers} workers take turns on {cores}; with a core each,"
-            f" {self.cycle.explain()}"
-        )
+        return f"{workers} workers take turns on {cores}; with a core each, {self.cycle.explain()}"
 
 
 def predict(

@@ -168,9 +168,7 @@ class Profile(BaseModel):
         found: dict[str, Any] = {
             kind: tuple(
                 Samples(tuple(stage.samples[kind])) if kind in stage.samples else fixed
-                for stage, fixed in zip(
-                    self.times(schedule), getattr(steady, kind), strict=True
-                )
+                for stage, fixed in zip(self.times(schedule), getattr(steady, kind), strict=True)
             )
             for kind in get_args(Kind)
         }
