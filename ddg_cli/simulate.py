@@ -212,9 +212,9 @@ def simulate(
             option = next(iter(chosen)).replace("_", "-")
             raise ValueError(f"--{option} and --profile exclude each other")
         measured = read(profile)
-        prices, contention = measured.costs(), measured.contention
+        prices, contention = measured.costs(schedule), measured.contention(schedule)
         if vary:
-            prices = measured.varying_costs()
+            prices = measured.varying_costs(schedule)
         if prices.num_stages != stages:
             raise ValueError(
                 f"--stages {stages}: the profile {profile} has {prices.num_stages} stages"

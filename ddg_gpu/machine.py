@@ -1,41 +1,30 @@
-"""What a machine does to stages: how they slow each other down, messages and barriers.
-
-Timed once for all methods, with passes of backpropagation: nothing of a method is run.
-"""
+"""What a machine needs for messages and barriers, whatever the method: nothing of one is run."""
 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from ddg_gpu.data import Batches, Dataset
-from ddg_gpu.distributed import dataset_values
-from ddg_gpu.job import Job, Network, make_stage, network
+from ddg_gpu.data import Dataset
+from ddg_gpu.job import Job, Network, network
 from ddg_gpu.processes import Report, run_together
-from ddg_sim.contention import Slowdown
-from ddg_sim.schedule import Op, OpKind
 
-#: Rounds of passes that are run before anything is timed (allocators and caches settle).
-WARM_UP = 3
-#: Seconds of passes in a row that are timed, for the influence of others.
-BESIDE = 0.04
-#: Most passes in one of these; all are kept until their backward pass.
-MOST = 50
+#: How often computing with and without messages take turns.
+TURNS = 4
 #: Messages per link that are timed, and barriers.
 MESSAGES = 10
 #: Seconds of computing before a message; the waiting core has gone to sleep by then.
 PAUSE = 0.03
-PASSES = (OpKind.FORWARD, OpKind.BACKWARD)
+#: Side of the square matrices that are multiplied in a unit of work, and such units per message.
+SIDE, UNITS = 256, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +33,7 @@ class LinkTimes:
 
     Args:
         transfer: from one worker's hands to the other's, beyond what the hosts do for it.
-        host: what a worker's own thread spends on sending one message and receiving one.
+        host: by how much sending one and receiving one delays two workers that compute, in all.
     """
 
     transfer: float
@@ -53,22 +42,19 @@ class LinkTimes:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What was timed of a job's machine, beyond the operations of single methods; seconds.
+    """What was timed of a job's machine; seconds.
 
     Args:
-        contention: per stage, how many times longer an operation of its own takes while others
-            run one (own kind, their kind), and after waiting for theirs (own kind, None).
         links: per link.
         barrier: from the last worker's coming to a barrier until all go on.
     """
 
-    contention: tuple[Slowdown, ...]
     links: tuple[LinkTimes, ...]
     barrier: float
 
 
 def time_machine(job: Job, dataset: Dataset) -> Timing:
-    """Time what a job's stages do to each other, its messages and barriers.
+    """Time the messages of a job's stages, and barriers.
 
     Args:
         job: what to time; its method does not matter.
@@ -78,20 +64,7 @@ def time_machine(job: Job, dataset: Dataset) -> Timing:
         ValueError: if the job cannot be run on the data.
         WorkerError: if a process fails.
     """
-    bp = replace(job, method="bp", sync=None, semantics=None, options={})
-    if job.stages == 1:
-        return Timing(({},), (), 0.0)
-    found = run_together(partial(_influences, bp), job.stages, dataset_values(dataset))
-    links, barrier = _message_times(message_bytes(job, network(job, dataset)))
-    contention: list[Slowdown] = [
-        {
-            (own, other): factor
-            for own, row in zip(PASSES, stage["factors"], strict=True)
-            for other, factor in zip((*PASSES, None), row, strict=True)
-        }
-        for stage in found
-    ]
-    return Timing(tuple(contention), links, barrier)
+    return Timing(*_message_times(message_bytes(job, network(job, dataset))))
 
 
 def message_bytes(job: Job, parts: Network) -> list[int]:
@@ -106,182 +79,57 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-class _Passes:
-    """One stage that runs passes of backpropagation on stand-ins of the right shapes."""
-
-    def __init__(self, job: Job, dataset: Dataset, rank: int) -> None:
-        parts = network(job, dataset)
-        batches = Batches(dataset, job.batch_size, job.seed)
-        self._rank = rank
-        self._stage = make_stage(job, job.schedule(), parts, rank)
-        self._inputs = batches.inputs(0)
-        if rank > 0:
-            self._inputs = torch.randn(job.batch_size, *parts.boundaries[rank - 1])
-        self._targets = batches.targets(0)
-        self._error: Tensor | None = None
-        if rank < job.stages - 1:
-            self._error = 1e-3 * torch.randn(job.batch_size, *parts.boundaries[rank])
-        self._samples = self._updates = 0
-        self._waiting: list[int] = []  # samples that had no backward pass yet
-
-    def run(self, kind: OpKind, count: int = 1) -> float:
-        """Run so many forward or backward passes; returns their seconds."""
-        start = perf_counter()
-        for _ in range(count):
-            if kind is OpKind.FORWARD:
-                self._stage.forward(self._op(kind, self._samples), self._inputs, self._targets)
-                self._waiting.append(self._samples)
-                self._samples += 1
-            else:
-                self._stage.backward(self._op(kind, self._waiting.pop()), self._error)
-        return perf_counter() - start
-
-    def finish(self) -> None:
-        """Run the backward passes that are due, and an update."""
-        self.run(OpKind.BACKWARD, len(self._waiting))
-        self._updates += 1
-        self._stage.update(self._op(OpKind.UPDATE, self._samples))
-
-    def _op(self, kind: OpKind, sample: int) -> Op:
-        return Op(kind, self._rank, sample, sample, self._updates)
-
-
-def _influences(job: Job, rank: int, given: dict[str, Any], _report: Report) -> dict[str, Any]:
-    """How many times longer a stage's passes take beside others', and after a wait.
-
-    Each stage in turn runs passes in a row: alone, and while as many others as there are cores for
-    run forward, or backward, passes. Then one pass at a time, when all others have had one.
-
-    Returns per kind of pass the factors of others' forward and backward passes and of the wait.
-    """
-    passes = _Passes(job, Dataset(**given), rank)
-    for _ in range(WARM_UP):
-        passes.run(OpKind.FORWARD)
-        passes.finish()
-    passes.run(OpKind.FORWARD)
-    count = {
-        kind: min(MOST, max(2, round(BESIDE / max(passes.run(kind), 1e-6)))) for kind in PASSES
-    }
-    others = range(1, min(job.stages, available_cores()))
-    seconds: dict[tuple[OpKind, OpKind | None], float] = {}
-    alone: dict[OpKind, float] = {}
-    for first in range(job.stages):
-        beside = [(first + further) % job.stages for further in others]
-        for kind in PASSES:
-            for other in (None, *PASSES):
-                run = kind if rank == first else other if rank in beside else None
-                found = _in_a_row(passes, run, count[run] if run else 0)
-                if rank == first and other is None:
-                    alone[kind] = found
-                elif rank == first:
-                    seconds[kind, other] = found
-    most = torch.tensor(max(count.values()))
-    dist.all_reduce(most, dist.ReduceOp.MAX)  # all take part in all turns
-    times = int(most)
-    busy: dict[OpKind, list[float]] = defaultdict(list)
-    for turn in range(job.stages):
-        dist.barrier()
-        for each in range(times + 1 if turn == rank else 0):
-            for kind in PASSES:
-                seconds_of_one = passes.run(kind)
-                if each:  # the first ones come after the barrier's wait
-                    busy[kind].append(seconds_of_one)
-    after: dict[OpKind, list[float]] = defaultdict(list)
-    for _ in range(times):
-        for kind, ranks in zip(PASSES, (range(job.stages), range(job.stages)[::-1]), strict=True):
-            for turn in ranks:
-                dist.barrier()
-                if turn == rank:
-                    after[kind].append(passes.run(kind))
-    for kind in PASSES:
-        seconds[kind, None] = alone[kind] * median(after[kind]) / median(busy[kind])
-    return {
-        "factors": [
-            [
-                max(1.0, seconds.get((kind, other), alone[kind]) / alone[kind])
-                for other in (*PASSES, None)
-            ]
-            for kind in PASSES
-        ]
-    }
-
-
-def _in_a_row(passes: _Passes, kind: OpKind | None, count: int) -> float:
-    """Seconds of one pass of a row that begins when all are here; without a kind, wait only.
-
-    It goes on after what counts: whoever is beside must not find itself alone.
-    """
-    whole = 2 * count + 1
-    if kind is OpKind.BACKWARD:
-        passes.run(OpKind.FORWARD, whole)
-    dist.barrier()
-    if kind is None:
-        return 0.0
-    passes.run(kind)  # the first one comes after the barrier's wait
-    seconds = passes.run(kind, count) / count
-    passes.run(kind, whole - 1 - count)
-    passes.finish()
-    return seconds
-
-
 def _message_times(sizes: Sequence[int]) -> tuple[tuple[LinkTimes, ...], float]:
     """Times of a message over each link, and of a barrier, between two idle processes."""
     if not sizes:
         return (), 0.0
     first, second = run_together(_exchange, 2, {"sizes": list(sizes)})
-    links = tuple(
-        LinkTimes(
-            # A short message is there before the sender's call returns.
-            transfer=max(0.0, median(b - a for a, b in zip(sent, received, strict=True))),
-            host=median(sending) + median(receiving),
+    links = []
+    for index in range(len(sizes)):
+        whole = median(
+            end - start
+            for start, end in zip(first["began"][index], second["received"][index], strict=True)
         )
-        for sent, received, sending, receiving in zip(
-            first["sent"], second["received"], first["sending"], second["receiving"], strict=True
-        )
-    )
+        # Each worker sends one and receives one while it computes.
+        delays = [max(0.0, worker["delays"][index]) for worker in (first, second)]
+        host = sum(delays) / 2
+        links.append(LinkTimes(max(0.0, whole - host), host))
     both = zip(first["came"], first["left"], second["left"], strict=True)
-    return links, median(max(left) - came for came, *left in both)
+    return tuple(links), median(max(left) - came for came, *left in both)
 
 
 def _exchange(rank: int, given: dict[str, Any], _report: Report) -> dict[str, Any]:
     """Send messages from rank 0 to rank 1 as the executor does: the receive is posted ahead.
 
-    The sender computes until it sends. The receiver waits idly, as a worker without work does; in
-    a second round it computes while the message comes, so that only the host's part is left.
-    Times are on the clock that all processes of a machine share.
+    The sender computes until it sends, the receiver waits idly, as a worker without work does.
+    Then both compute, with and without messages both ways. Times are on the clock that all
+    processes of a machine share.
     """
-    found: dict[str, Any] = {
-        key: [] for key in ("sent", "sending", "received", "receiving", "came", "left")
-    }
+    peer = 1 - rank
+    found: dict[str, Any] = {"came": [], "left": [], "began": [], "received": [], "delays": []}
     for size in given["sizes"]:
-        peer = 1 - rank
-        for key in ("sent", "sending", "received", "receiving"):
-            found[key].append([])
-        for receiver_computes in (False, True):
-            for _ in range(MESSAGES):
-                tensor = torch.ones(size // 4)  # as in training, of memory just allocated
-                if rank == 0:
-                    dist.barrier()
-                    _spin(PAUSE)
-                    start = perf_counter()
-                    send: Any = dist.isend(tensor, peer)
-                    end = perf_counter()
-                    send.wait()
-                    if not receiver_computes:
-                        found["sent"][-1].append(end)
-                        found["sending"][-1].append(end - start)
-                else:
-                    receive: Any = dist.irecv(tensor, peer)
-                    dist.barrier()  # the receive is posted before anything is sent
-                    if receiver_computes:
-                        _spin(3 * PAUSE)
-                    start = perf_counter()
-                    receive.wait()
-                    end = perf_counter()
-                    if receiver_computes:
-                        found["receiving"][-1].append(end - start)
-                    else:
-                        found["received"][-1].append(end)
+        began: list[float] = []
+        received: list[float] = []
+        for _ in range(MESSAGES):
+            tensor = torch.ones(size // 4)  # as in training, of memory just allocated
+            if rank == 0:
+                dist.barrier()
+                _spin(PAUSE)
+                began.append(perf_counter())
+                send: Any = dist.isend(tensor, peer)
+                send.wait()
+            else:
+                receive: Any = dist.irecv(tensor, peer)
+                dist.barrier()  # the receive is posted before anything is sent
+                receive.wait()
+                received.append(perf_counter())
+        found["began"].append(began)
+        found["received"].append(received)
+        quiet, busy = [], []
+        for _ in range(TURNS):
+            quiet.append(_computing(peer, 0))
+            busy.append(_computing(peer, size))
+        found["delays"].append(median(busy) - median(quiet))
     for _ in range(MESSAGES):
         dist.barrier()
         if rank == 0:
@@ -290,6 +138,46 @@ def _exchange(rank: int, given: dict[str, Any], _report: Report) -> dict[str, An
         dist.barrier()
         found["left"].append(perf_counter())
     return found
+
+
+def _computing(peer: int, size: int) -> float:
+    """Seconds of a unit of work, with a message of so many bytes sent and received for each.
+
+    As in the executor, receives are posted ahead, and what comes is wanted a unit later.
+    """
+    matrix = torch.rand(SIDE, SIDE)
+    coming: deque[Any] = deque()
+    going: deque[Any] = deque()
+
+    def post() -> None:
+        tensor = torch.empty(size // 4)
+        coming.append((dist.irecv(tensor, peer), tensor))
+
+    for _ in range(2 if size else 0):
+        post()
+    dist.barrier()
+    start = perf_counter()
+    for unit in range(MESSAGES):
+        for _ in range(UNITS):
+            matrix = (matrix @ matrix).clamp_(0.0, 1.0)
+        if size:
+            tensor = torch.ones(size // 4)
+            going.append((dist.isend(tensor, peer), tensor))
+            if unit:
+                coming.popleft()[0].wait()
+                post()
+            if len(going) > 2:
+                going.popleft()[0].wait()
+    seconds = (perf_counter() - start) / MESSAGES
+    # What is left must come before the process group is used for anything else.
+    for unit in range(2 if size else 0):
+        if unit:
+            tensor = torch.ones(size // 4)
+            going.append((dist.isend(tensor, peer), tensor))
+        coming.popleft()[0].wait()
+    while going:
+        going.popleft()[0].wait()
+    return seconds
 
 
 def _spin(seconds: float) -> None:

@@ -20,9 +20,9 @@ from ddg_gpu.job import Job, Network, make_stage, network
 from ddg_gpu.machine import LinkTimes, Timing, message_bytes, time_machine
 from ddg_gpu.partition import balanced_cuts
 from ddg_gpu.processes import Progress
-from ddg_gpu.timing import WARM_UP, Durations, time_operations
+from ddg_gpu.timing import WARM_UP, Durations, StageTimes, time_operations
 from ddg_gpu.train import one_thread
-from ddg_sim.contention import FIELDS, Slowdown
+from ddg_sim.contention import FIELDS, LIKE
 from ddg_sim.profile import LinkProfile, OperationTimes, Profile, StageProfile, program_text
 from ddg_sim.schedule import OpKind
 
@@ -57,10 +57,11 @@ def measure(
     jobs = programs([job, *methods])
     if job.cuts is None:
         job = replace(job, cuts=measured_cuts(job, dataset, iterations))
-    found: dict[str, list[Durations]] = {}
+    found: dict[str, list[list[StageTimes]]] = {}
     for done, (text, own) in enumerate(jobs.items(), start=1):
         progress(done, len(jobs) + 2)
-        found[text] = [time_operations(replace(own, cuts=job.cuts), dataset, iterations)]
+        own = replace(own, cuts=job.cuts)
+        found[text] = [time_operations(own, dataset, iterations, waits=not found)]
     timing = time_machine(job, dataset)
     progress(1, 1)
     return summarise(job, dataset, [timing], found)
@@ -125,7 +126,7 @@ def summarise(
     job: Job,
     dataset: Dataset,
     timings: Sequence[Timing],
-    operations: Mapping[str, Sequence[Durations]],
+    operations: Mapping[str, Sequence[Sequence[StageTimes]]],
 ) -> Profile:
     """The profile of a job from what was timed: medians over all samples.
 
@@ -134,7 +135,7 @@ def summarise(
         dataset: the data.
         timings: what `time_machine` gave, once or more often.
         operations: by `program_text` what `time_operations` gave, once or more often; those of
-            `programs`.
+            `programs`, the first one with waits.
     """
     parts = network(job, dataset)
     sizes = message_bytes(job, parts)
@@ -142,13 +143,14 @@ def summarise(
         LinkTimes(median(link.transfer for link in same), median(link.host for link in same))
         for same in zip(*(found.links for found in timings), strict=True)
     ]
-    factors = [
-        {pair: median(factors[pair] for factors in same) for pair in same[0]}
-        for same in zip(*(found.contention for found in timings), strict=True)
-    ]
     bp, fr, *_ = programs([job])
-    again = [stage.recompute for stage in _operation_times(operations[fr])]
-    times = {text: _operation_times(found) for text, found in operations.items()}
+    stages = range(job.stages)
+    waits = [_wait_factors([found[k] for found in operations[bp]]) for k in stages]
+    times = {
+        text: [_operation_times([found[k] for found in timed], waits[k]) for k in stages]
+        for text, timed in operations.items()
+    }
+    again = [stage.recompute for stage in times[fr]]
     return Profile(
         version=1,
         model=job.model,
@@ -164,10 +166,9 @@ def summarise(
                 k,
                 times[bp][k].model_copy(update={"recompute": again[k]}),
                 links,
-                factors[k],
                 sizes,
             )
-            for k in range(job.stages)
+            for k in stages
         ],
         links=[
             LinkProfile(activation=link.transfer, gradient=link.transfer, bytes=size)
@@ -178,31 +179,60 @@ def summarise(
     )
 
 
-def _operation_times(timings: Sequence[Durations]) -> list[OperationTimes]:
-    """Per stage, from several timings of one program."""
-    return [
-        _stage_times({kind: _steadied([chunk[kind] for chunk in same]) for kind in same[0]})
-        for same in zip(*timings, strict=True)
-    ]
+def _wait_factors(timings: Sequence[StageTimes]) -> dict[OpKind, float]:
+    """By kind, how many times longer an operation takes after a wait; 1 where nobody knows."""
+    return {
+        kind: _ratio([(found.waited[kind], found.alone[kind]) for found in timings])
+        for kind in timings[0].waited
+    }
 
 
-def _stage_times(times: dict[OpKind, list[float]]) -> OperationTimes:
-    """Both halves of a backward pass are told as one and its first half's share."""
+def _ratio(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float:
+    """How many times longer the first takes: median over what was timed at about the same time."""
+    return max(1.0, median(median(one) / median(other) for one, other in pairs))
+
+
+def _operation_times(
+    timings: Sequence[StageTimes], waits: Mapping[OpKind, float]
+) -> OperationTimes:
+    """One stage's, from several timings of one program.
+
+    Both halves of a backward pass are told as one and its first half's share.
+    """
+    alone = [_whole_passes(found.alone) for found in timings]
+    beside = [_whole_passes(found.beside) for found in timings]
+    times = {kind: _steadied([found[kind] for found in alone]) for kind in alone[0]}
+    factors: dict[Any, dict[Any, float]] = {}
+    for kind in times:
+        factor = _ratio(
+            [(one[kind], other[kind]) for one, other in zip(beside, alone, strict=True)]
+        )
+        wait = waits.get(kind, waits.get(LIKE.get(kind, kind), 1.0))
+        factors[FIELDS[kind]] = dict.fromkeys(FIELDS.values(), factor) | {"wait": wait}
     share = 0.5
-    if OpKind.BACKWARD not in times:
-        halves = [times[OpKind.BACKWARD_INPUT], times[OpKind.BACKWARD_WEIGHT]]
-        first, second = map(median, halves)
+    if OpKind.BACKWARD_INPUT in timings[0].alone:
+        first, second = (
+            median([seconds for found in timings for seconds in found.alone[half]])
+            for half in (OpKind.BACKWARD_INPUT, OpKind.BACKWARD_WEIGHT)
+        )
         share = first / (first + second)
-        times = {**times, OpKind.BACKWARD: [sum(both) for both in zip(*halves, strict=True)]}
-    times.setdefault(OpKind.RECOMPUTE, times[OpKind.FORWARD])
+    typical = {FIELDS[kind]: median(seconds) for kind, seconds in times.items()}
     return OperationTimes(
-        samples={name: _quantiles(times[kind]) for kind, name in FIELDS.items()},
-        forward=median(times[OpKind.FORWARD]),
-        backward=median(times[OpKind.BACKWARD]),
-        update=median(times[OpKind.UPDATE]),
-        recompute=median(times[OpKind.RECOMPUTE]),
+        **{"recompute": typical["forward"], **typical},
+        samples={FIELDS[kind]: _quantiles(seconds) for kind, seconds in times.items()},
         input_share=share,
+        contention=factors,
     )
+
+
+def _whole_passes(times: Durations) -> Durations:
+    """The same with both halves of a backward pass as one."""
+    if OpKind.BACKWARD_INPUT not in times:
+        return times
+    found = dict(times)
+    halves = found.pop(OpKind.BACKWARD_INPUT), found.pop(OpKind.BACKWARD_WEIGHT)
+    found[OpKind.BACKWARD] = [sum(both) for both in zip(*halves, strict=False)]
+    return found
 
 
 def _stage_profile(
@@ -210,20 +240,15 @@ def _stage_profile(
     index: int,
     times: OperationTimes,
     links: Sequence[LinkTimes],
-    contention: Slowdown,
     sizes: Sequence[int],
 ) -> StageProfile:
     own = links[max(0, index - 1) : index + 1]
-    slowdown: dict[Any, dict[Any, float]] = defaultdict(dict)
-    for (kind, other), factor in contention.items():
-        slowdown[kind.name.lower()]["wait" if other is None else other.name.lower()] = factor
     module = parts.modules[index]
     return StageProfile(
         **times.model_dump(),
         layers=[type(layer).__name__ for layer in module],
         overhead=0.0,
         message=sum(link.host for link in own) / (2 * max(1, len(own))),  # one sent, one received
-        contention=slowdown,
         output_bytes=sizes[index] if index < len(sizes) else 0,
         parameter_bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
     )

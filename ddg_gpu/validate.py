@@ -17,7 +17,7 @@ from ddg_gpu.machine import Timing, available_cores, time_machine
 from ddg_gpu.processes import Progress
 from ddg_gpu.profile import measured_cuts, programs, summarise
 from ddg_gpu.stage import refuse
-from ddg_gpu.timing import Durations, time_operations
+from ddg_gpu.timing import StageTimes, time_operations
 from ddg_gpu.train import Run, train
 from ddg_sim.choice import parse_choice
 from ddg_sim.contention import contended
@@ -153,12 +153,18 @@ def compare(
     job = replace(job, cuts=cuts)
     jobs = {text: replace(own, cuts=cuts) for text, own in jobs.items()}
     needed = programs([job, *jobs.values()])
+    plain = next(iter(needed))  # backpropagation
     first = {program_text(own.schedule()) for own in jobs.values()}
 
     begin = perf_counter()
     timings: list[Timing] = []
-    operations: dict[str, list[Durations]] = defaultdict(list)
+    operations: dict[str, list[list[StageTimes]]] = defaultdict(list)
     runs: dict[str, list[Run]] = {text: [] for text in jobs}
+
+    def time(program: str) -> None:
+        found = time_operations(needed[program], dataset, CHUNK, waits=program == plain)
+        operations[program].append(found)
+
     for turn in range(rounds * len(jobs)):
         text = list(jobs)[turn % len(jobs)]
         spent, done_rounds = perf_counter() - begin, turn // len(jobs)
@@ -166,12 +172,10 @@ def compare(
             break
         if profile is None and turn % len(jobs) == 0:
             timings.append(time_machine(job, dataset))
-            for program, own in needed.items():
-                if program not in first:
-                    operations[program].append(time_operations(own, dataset, CHUNK))
+            for program in [program for program in needed if program not in first]:
+                time(program)
         if profile is None:
-            program = program_text(jobs[text].schedule())
-            operations[program].append(time_operations(jobs[text], dataset, CHUNK))
+            time(program_text(jobs[text].schedule()))
 
         def report(done: int, total: int, turn: int = turn) -> None:
             progress(turn * total + done, rounds * len(jobs) * total)
@@ -187,11 +191,11 @@ def compare(
 
 def _comparison(name: str, profile: Profile, runs: Sequence[Run]) -> Comparison:
     schedule, iterations = runs[0].job.schedule(), runs[0].timeline.iterations
-    cores = available_cores()
-    costs = contended(schedule, profile.varying_costs(schedule, cores), profile.contention)
+    cores, contention = available_cores(), profile.contention(schedule)
+    costs = contended(schedule, profile.varying_costs(schedule, cores), contention)
     steady = profile.costs(schedule, cores)
     engine = "des" if shares_cores(schedule, steady) else "cycle"
-    found = predict(schedule, steady, iterations, engine, profile.contention)
+    found = predict(schedule, steady, iterations, engine, contention)
     measured = median(run.timeline.period for run in runs)
     return Comparison(
         name,

@@ -119,18 +119,21 @@ def _extra(given: float | Slowdown, kind: OpKind, overlap: Mapping[OpKind, float
     """By which fraction an operation takes longer, given what overlaps with it how much."""
     if not isinstance(given, Mapping):
         return sum(overlap.values()) * (given - 1)
-    own = LIKE.get(kind, kind)
-    return sum(
-        part * (given.get((own, LIKE.get(other, other)), 1.0) - 1)
-        for other, part in overlap.items()
-    )
+    return sum(part * (_factor(given, kind, other) - 1) for other, part in overlap.items())
 
 
 def _after_wait(given: float | Slowdown, kind: OpKind) -> float:
     """By which fraction an operation takes longer if its worker waited before it."""
-    if not isinstance(given, Mapping):
-        return 0.0
-    return given.get((kind, None), given.get((LIKE.get(kind, kind), None), 1.0)) - 1
+    return _factor(given, kind, None) - 1 if isinstance(given, Mapping) else 0.0
+
+
+def _factor(given: Slowdown, own: OpKind, other: OpKind | None) -> float:
+    """What was measured, or else what was measured of kinds that are like these."""
+    likes = LIKE.get(own, own), None if other is None else LIKE.get(other, other)
+    for pair in ((own, other), (own, likes[1]), likes):
+        if pair in given:
+            return given[pair]
+    return 1.0
 
 
 def _steady(timeline: Timeline) -> tuple[Columns, NDArray[np.int_], NDArray[np.bool_]]:

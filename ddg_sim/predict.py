@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ddg_sim.contention import Contention, contended
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import CycleTime, cycle_time, evaluate
-from ddg_sim.eventgraph import event_graph, only_simulated, shares_cores
+from ddg_sim.eventgraph import event_graph, shares_cores
 from ddg_sim.lowering import StageMemory, memory
 from ddg_sim.methods import bp
 from ddg_sim.replicate import Estimate, estimate, exactly, ratio, replicate

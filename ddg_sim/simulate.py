@@ -52,8 +52,8 @@ def simulate(
     A link carries one message at a time, first come first served, while the workers compute;
     `network.Network` says otherwise. Where there are fewer cores than workers, C cores give each of
     n operations that run C/n of a core: a scheduler with short time slices, which costs nothing
-    itself; who waits uses no core, and messages need none. Replicas run the same program and meet at each all-reduce; the
-    timeline is that of the first.
+    itself; who waits uses no core, and messages need none. Replicas run the same program and meet
+    at each all-reduce; the timeline is that of the first.
 
     Args:
         schedule: a valid schedule.
@@ -124,7 +124,7 @@ def simulate(
         (stream.channel.number, 0, stream.ticks, stream.starts, stream.ends)
         for stream in first.streams
     ]
-    # With shared cores the drain reaches back: who has nothing left to do leaves them to the others.
+    # With shared cores the drain reaches back: who is done leaves them to the others.
     repeats = not costs.random and cores is None
     return Timeline(schedule, iterations, columns(operations), columns(transfers), repeats)
 
