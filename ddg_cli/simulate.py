@@ -212,7 +212,7 @@ def simulate(
             option = next(iter(chosen)).replace("_", "-")
             raise ValueError(f"--{option} and --profile exclude each other")
         measured = read(profile)
-        prices, contention = measured.costs(schedule), measured.contention(schedule)
+        prices, contention = measured.costs(schedule), measured.contention
         if vary:
             prices = measured.varying_costs(schedule)
         if prices.num_stages != stages:

@@ -127,8 +127,8 @@ def _exchange(rank: int, given: dict[str, Any], _report: Report) -> dict[str, An
         found["received"].append(received)
         quiet, busy = [], []
         for _ in range(TURNS):
-            quiet.append(_computing(peer, 0))
-            busy.append(_computing(peer, size))
+            quiet.append(_computing(peer, size // 4, 0))
+            busy.append(_computing(peer, size // 4, size))
         found["delays"].append(median(busy) - median(quiet))
     for _ in range(MESSAGES):
         dist.barrier()
@@ -140,10 +140,10 @@ def _exchange(rank: int, given: dict[str, Any], _report: Report) -> dict[str, An
     return found
 
 
-def _computing(peer: int, size: int) -> float:
-    """Seconds of a unit of work, with a message of so many bytes sent and received for each.
+def _computing(peer: int, ones: int, size: int) -> float:
+    """Seconds of a unit of work, with a message of ``size`` bytes each way for each, if not 0.
 
-    As in the executor, receives are posted ahead, and what comes is wanted a unit later.
+    A tensor of ``ones`` is made for each, sent or not. As in the executor, receives are posted ahead, and what comes is wanted a unit later.
     """
     matrix = torch.rand(SIDE, SIDE)
     coming: deque[Any] = deque()
@@ -160,8 +160,8 @@ def _computing(peer: int, size: int) -> float:
     for unit in range(MESSAGES):
         for _ in range(UNITS):
             matrix = (matrix @ matrix).clamp_(0.0, 1.0)
+        tensor = torch.ones(ones)  # in training, computing it is part of an operation
         if size:
-            tensor = torch.ones(size // 4)
             going.append((dist.isend(tensor, peer), tensor))
             if unit:
                 coming.popleft()[0].wait()

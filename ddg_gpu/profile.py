@@ -22,7 +22,7 @@ from ddg_gpu.partition import balanced_cuts
 from ddg_gpu.processes import Progress
 from ddg_gpu.timing import WARM_UP, Durations, StageTimes, time_operations
 from ddg_gpu.train import one_thread
-from ddg_sim.contention import FIELDS, LIKE
+from ddg_sim.contention import FIELDS
 from ddg_sim.profile import LinkProfile, OperationTimes, Profile, StageProfile, program_text
 from ddg_sim.schedule import OpKind
 
@@ -145,9 +145,8 @@ def summarise(
     ]
     bp, fr, *_ = programs([job])
     stages = range(job.stages)
-    waits = [_wait_factors([found[k] for found in operations[bp]]) for k in stages]
     times = {
-        text: [_operation_times([found[k] for found in timed], waits[k]) for k in stages]
+        text: [_operation_times([found[k] for found in timed]) for k in stages]
         for text, timed in operations.items()
     }
     again = [stage.recompute for stage in times[fr]]
@@ -166,6 +165,7 @@ def summarise(
                 k,
                 times[bp][k].model_copy(update={"recompute": again[k]}),
                 links,
+                _contention([found[k] for timed in operations.values() for found in timed]),
                 sizes,
             )
             for k in stages
@@ -179,12 +179,29 @@ def summarise(
     )
 
 
-def _wait_factors(timings: Sequence[StageTimes]) -> dict[OpKind, float]:
-    """By kind, how many times longer an operation takes after a wait; 1 where nobody knows."""
-    return {
-        kind: _ratio([(found.waited[kind], found.alone[kind]) for found in timings])
-        for kind in timings[0].waited
-    }
+def _contention(timings: Sequence[StageTimes]) -> dict[Any, dict[Any, float]]:
+    """One stage's, from what was timed of all methods: that cores disturb each other is no rule's.
+
+    Where few timings are at hand, they tell more together than each by itself.
+    """
+    found: dict[Any, dict[Any, float]] = defaultdict(dict)
+    for kind, name in FIELDS.items():
+        beside, waited = (
+            [
+                (times[kind], alone[kind])
+                for times, alone in pairs
+                if kind in times and kind in alone
+            ]
+            for pairs in (
+                [(_whole_passes(one.beside), _whole_passes(one.alone)) for one in timings],
+                [(one.waited, one.alone) for one in timings],
+            )
+        )
+        if beside:
+            found[name] = dict.fromkeys(FIELDS.values(), _ratio(beside))
+        if waited:
+            found[name]["wait"] = _ratio(waited)
+    return found
 
 
 def _ratio(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float:
@@ -192,23 +209,13 @@ def _ratio(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float:
     return max(1.0, median(median(one) / median(other) for one, other in pairs))
 
 
-def _operation_times(
-    timings: Sequence[StageTimes], waits: Mapping[OpKind, float]
-) -> OperationTimes:
+def _operation_times(timings: Sequence[StageTimes]) -> OperationTimes:
     """One stage's, from several timings of one program.
 
     Both halves of a backward pass are told as one and its first half's share.
     """
     alone = [_whole_passes(found.alone) for found in timings]
-    beside = [_whole_passes(found.beside) for found in timings]
     times = {kind: _steadied([found[kind] for found in alone]) for kind in alone[0]}
-    factors: dict[Any, dict[Any, float]] = {}
-    for kind in times:
-        factor = _ratio(
-            [(one[kind], other[kind]) for one, other in zip(beside, alone, strict=True)]
-        )
-        wait = waits.get(kind, waits.get(LIKE.get(kind, kind), 1.0))
-        factors[FIELDS[kind]] = dict.fromkeys(FIELDS.values(), factor) | {"wait": wait}
     share = 0.5
     if OpKind.BACKWARD_INPUT in timings[0].alone:
         first, second = (
@@ -221,7 +228,6 @@ def _operation_times(
         **{"recompute": typical["forward"], **typical},
         samples={FIELDS[kind]: _quantiles(seconds) for kind, seconds in times.items()},
         input_share=share,
-        contention=factors,
     )
 
 
@@ -240,6 +246,7 @@ def _stage_profile(
     index: int,
     times: OperationTimes,
     links: Sequence[LinkTimes],
+    contention: dict[Any, dict[Any, float]],
     sizes: Sequence[int],
 ) -> StageProfile:
     own = links[max(0, index - 1) : index + 1]
@@ -249,6 +256,7 @@ def _stage_profile(
         layers=[type(layer).__name__ for layer in module],
         overhead=0.0,
         message=sum(link.host for link in own) / (2 * max(1, len(own))),  # one sent, one received
+        contention=contention if len(parts.modules) > 1 else {},
         output_bytes=sizes[index] if index < len(sizes) else 0,
         parameter_bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
     )

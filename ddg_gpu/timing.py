@@ -33,7 +33,7 @@ from ddg_sim.schedule import Op, OpKind
 #: Iterations that are run before anything is timed (allocators and caches settle).
 WARM_UP = 2
 #: Turns of each kind while a method's operations are timed: the machine's speed drifts.
-TURNS = 2
+TURNS = 1
 #: Seconds of every operation of a kind that was timed.
 Durations = dict[OpKind, list[float]]
 

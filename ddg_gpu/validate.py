@@ -191,7 +191,7 @@ def compare(
 
 def _comparison(name: str, profile: Profile, runs: Sequence[Run]) -> Comparison:
     schedule, iterations = runs[0].job.schedule(), runs[0].timeline.iterations
-    cores, contention = available_cores(), profile.contention(schedule)
+    cores, contention = available_cores(), profile.contention
     costs = contended(schedule, profile.varying_costs(schedule, cores), contention)
     steady = profile.costs(schedule, cores)
     engine = "des" if shares_cores(schedule, steady) else "cycle"

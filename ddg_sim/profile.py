@@ -30,8 +30,6 @@ Bytes = Annotated[int, Field(ge=0, strict=True)]
 class OperationTimes(BaseModel):
     """One stage: seconds per operation on one mini-batch when it computes alone.
 
-    ``contention`` says how many times longer its operations take while all others compute too:
-    one number, or per kind of its own operation and kind of theirs; "wait" after waiting for them.
     ``samples`` are measured seconds by kind, around the medians that the other fields hold.
     ``input_share`` is the part of ``backward`` that its first half takes, where there are two.
     """
@@ -44,18 +42,20 @@ class OperationTimes(BaseModel):
     update: Seconds
     recompute: Seconds
     input_share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)] = 0.5
-    contention: Factor | dict[Kind, dict[Kind | Literal["wait"], Factor]] = 1.0
 
 
 class StageProfile(OperationTimes):
     """One stage: seconds of its operations under backpropagation, sizes in bytes.
 
+    ``contention`` says how many times longer its operations take while all others compute too:
+    one number, or per kind of its own operation and kind of theirs; "wait" after waiting for them.
     ``message`` is what the host spends on each message that the stage sends or receives.
     """
 
     layers: list[str]
     overhead: Seconds
     message: Seconds = 0.0
+    contention: Factor | dict[Kind, dict[Kind | Literal["wait"], Factor]] = 1.0
     output_bytes: Bytes
     parameter_bytes: Bytes
 
@@ -118,12 +118,9 @@ class Profile(BaseModel):
             raise ValueError(f"cuts must increase, got {self.cuts}")
         return self
 
-    def contention(self, schedule: Schedule | None = None) -> list[float | Slowdown]:
-        """Per stage, how much longer it takes while all others compute; see `contended`.
-
-        Args:
-            schedule: whose operations, see `times`.
-        """
+    @property
+    def contention(self) -> list[float | Slowdown]:
+        """Per stage, how much longer it takes while all others compute; see `contended`."""
         return [
             stage.contention
             if isinstance(stage.contention, float)
@@ -132,7 +129,7 @@ class Profile(BaseModel):
                 for own, factors in stage.contention.items()
                 for other, factor in factors.items()
             }
-            for stage in self.times(schedule)
+            for stage in self.stages
         ]
 
     def times(self, schedule: Schedule | None = None) -> Sequence[OperationTimes]:
