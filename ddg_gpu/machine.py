@@ -143,7 +143,8 @@ def _exchange(rank: int, given: dict[str, Any], _report: Report) -> dict[str, An
 def _computing(peer: int, ones: int, size: int) -> float:
     """Seconds of a unit of work, with a message of ``size`` bytes each way for each, if not 0.
 
-    A tensor of ``ones`` is made for each, sent or not. As in the executor, receives are posted ahead, and what comes is wanted a unit later.
+    A tensor of ``ones`` is made for each, sent or not. As in the executor, receives are posted
+    ahead, and what comes is wanted a unit later.
     """
     matrix = torch.rand(SIDE, SIDE)
     coming: deque[Any] = deque()

@@ -223,10 +223,13 @@ def _operation_times(timings: Sequence[StageTimes]) -> OperationTimes:
             for half in (OpKind.BACKWARD_INPUT, OpKind.BACKWARD_WEIGHT)
         )
         share = first / (first + second)
+    samples: dict[Any, list[float]] = {
+        FIELDS[kind]: _quantiles(seconds) for kind, seconds in times.items()
+    }
     typical = {FIELDS[kind]: median(seconds) for kind, seconds in times.items()}
     return OperationTimes(
         **{"recompute": typical["forward"], **typical},
-        samples={FIELDS[kind]: _quantiles(seconds) for kind, seconds in times.items()},
+        samples=samples,
         input_share=share,
     )
 

@@ -200,8 +200,9 @@ def _operations(job: Job, rank: int, given: dict[str, Any], _report: Report) -> 
         way = 2 if turn.one_by_one else int(len(turn.who) > 1)
         numbers += [None, *[way] * turn.counted, *[None] * turn.extra]
     for op, start, end in spans:
-        if (way := numbers[op.iteration]) is not None:
-            found[str(op.stage)][way][op.kind.name].append(end - start)
+        measured = numbers[op.iteration]
+        if measured is not None:
+            found[str(op.stage)][measured][op.kind.name].append(end - start)
     for ways in found.values():
         if not ways[1]:
             ways[1] = ways[0]

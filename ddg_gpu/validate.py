@@ -97,6 +97,19 @@ def chosen(job: Job, text: str) -> Job:
     )
 
 
+def checked(job: Job, text: str) -> Job:
+    """What `chosen` gives, if the torch backend runs it.
+
+    Raises:
+        ValueError: for a method, option or value that is unknown or wrong, or is not run here.
+    """
+    own = chosen(job, text)
+    schedule = own.schedule()
+    for stage in range(own.stages):
+        refuse(schedule, stage)
+    return own
+
+
 def compare(
     job: Job,
     methods: Sequence[str],
@@ -137,13 +150,10 @@ def compare(
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    jobs = {text: chosen(job, text) for text in methods}
-    for text, own in jobs.items():  # all are checked before anything runs
-        schedule = own.schedule()
-        for stage in range(own.stages):
-            refuse(schedule, stage)
-        if samples is not None:
-            each = max(FEWEST, -(-samples // schedule.samples_per_iteration))
+    jobs = {text: checked(job, text) for text in methods}  # all, before anything runs
+    if samples is not None:
+        for text, own in jobs.items():
+            each = max(FEWEST, -(-samples // own.schedule().samples_per_iteration))
             jobs[text] = replace(own, iterations=each, epochs=None)
     if profile is not None:
         check_profile(profile, job, dataset.name)

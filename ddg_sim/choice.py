@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from inspect import signature
@@ -91,12 +91,14 @@ def _read(option: str, kind: str, value: str | None) -> object:
     return _number(option, value, int, "a number")
 
 
-def _number(option: str, text: str, kind: Callable[[str], float], what: str) -> float:
+def _number(option: str, text: str, kind: type[float], what: str) -> float:
     try:
         number = kind(text)
     except ValueError:
         raise ValueError(f"{option} must be {what}, got {text!r}") from None
-    if kind is int and number > LARGEST:
+    if not math.isfinite(number):
+        raise ValueError(f"{option} must be finite, got {text}")
+    if isinstance(number, int) and number > LARGEST:
         raise ValueError(f"{option} must be at most {LARGEST}, got {text}")
     return number
 

@@ -173,6 +173,7 @@ def _waits(timeline: Timeline) -> dict[tuple[OpKind, int], float]:
         if others > 0:
             gaps = table["start"][mine[worker]][1:] - table["end"][mine[worker]][:-1]
             share[np.flatnonzero(mine[worker])[1:]] = np.clip(gaps / others, 0.0, 1.0)
+        counts[np.flatnonzero(mine[worker])[:1]] = False  # nothing is before it
     found: dict[tuple[OpKind, int], list[float]] = defaultdict(list)
     keys = _keys(timeline.schedule)
     for which, waited in zip(place[counts].tolist(), share[counts].tolist(), strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ddg_cli.training import comparison_rows
+from ddg_cli.validation import comparison_rows
 from ddg_gpu.data import load
 from ddg_gpu.job import Job
 from ddg_gpu.plot import loss_curves
