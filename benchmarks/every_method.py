@@ -15,20 +15,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
-from environment import environment
-from random_images import random_images
-
-from ddg_cli.output import interval
-from ddg_gpu.data import load
-from ddg_gpu.job import Job
-from ddg_gpu.machine import available_cores
-from ddg_gpu.stage import refuse
-from ddg_gpu.validate import Comparison, compare
-from ddg_sim.choice import parse_choice
-from ddg_sim.methods import METHODS
-from ddg_sim.schedule import ScheduleError
-from ddg_sim.timeline import Timeline
+if TYPE_CHECKING:  # every worker process imports this file: what it does not need would cost it 1 s
+    from ddg_gpu.validate import Comparison
+    from ddg_sim.timeline import Timeline
 
 #: Variants that the defaults do not show.
 VARIANTS = (
@@ -45,6 +36,10 @@ VARIANTS = (
 
 def trainable(stages: int, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     """The methods that the torch backend runs with so many stages, and why it refuses others."""
+    from ddg_gpu.stage import refuse
+    from ddg_sim.choice import parse_choice
+    from ddg_sim.schedule import ScheduleError
+
     found, refused = [], {}
     for name in names:
         try:
@@ -62,6 +57,8 @@ def trainable(stages: int, names: Iterable[str]) -> tuple[list[str], dict[str, s
 
 def table(found: list[Comparison]) -> str:
     """The comparison as a Markdown table, seconds per sample."""
+    from ddg_cli.output import interval
+
     lines = [
         "| method | workers | predicted | measured | 95 % interval | error |",
         "|---|---|---|---|---|---|",
@@ -97,6 +94,15 @@ def operations(timeline: Timeline) -> dict[str, float]:
 
 def main() -> None:
     """Run the rounds, print the table, and write everything to a JSON file if asked."""
+    from environment import environment
+    from random_images import random_images
+
+    from ddg_gpu.data import load
+    from ddg_gpu.job import Job
+    from ddg_gpu.machine import available_cores
+    from ddg_gpu.validate import compare
+    from ddg_sim.methods import METHODS
+
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="resnet8")
     parser.add_argument("--data", default=None, help="path or digits; default: random 3x32x32")
