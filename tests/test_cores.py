@@ -101,7 +101,8 @@ def test_after_a_wait_operations_take_longer() -> None:
     assert found.forward == pytest.approx((1.0, 1.5))
     assert found.backward == pytest.approx((2.5, 2.0))
     busy = contended(ddg(2), costs(2), [waits] * 2)
-    assert (busy.forward, busy.backward) == ((1.0, 1.0), (2.0, 2.0))
+    assert busy.forward == pytest.approx((1.0, 1.0), rel=0.02)  # it waits at the start only
+    assert busy.backward == pytest.approx((2.0, 2.0), rel=0.02)
 
 
 def test_predictions_say_that_cores_are_shared() -> None:
