@@ -142,7 +142,7 @@ def test_a_profile_holds_what_a_rule_costs() -> None:
     schedules = {name: job.schedule() for name, job in own.items()}
     assert {program_text(schedule) for schedule in schedules.values()} == set(found.programs)
     halves = found.costs(schedules["zb-h1"])
-    assert halves.input_share[0] < 0.2 < halves.input_share[1] < 0.8  # nobody needs stage 1's
+    assert halves.input_share[0] < halves.input_share[1]  # nobody needs the gradient of the data
     for schedule in schedules.values():
         assert min(found.costs(schedule).forward) > 0
     assert found.costs(ddg(2)) == found.costs()  # not measured: backpropagation's
