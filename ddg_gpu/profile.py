@@ -57,6 +57,7 @@ def measure(
     jobs = programs([job, *methods])
     if job.cuts is None:
         job = replace(job, cuts=measured_cuts(job, dataset, iterations))
+    network(job, dataset)  # a wrong argument shows here, not in K processes
     found: dict[str, list[list[StageTimes]]] = {}
     for done, (text, own) in enumerate(jobs.items(), start=1):
         progress(done, len(jobs) + 2)
