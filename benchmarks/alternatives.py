@@ -208,6 +208,7 @@ def task(job: Job, rank: int, given: dict[str, Any], report: Report) -> dict[str
     periods: dict[str, list[float]] = {}
     weights: dict[str, dict[str, Tensor]] = {}
     failed: dict[str, str] = {}
+    begin = perf_counter()
     for turn in range(rounds):
         for name, run in contenders(process, given["wanted"]).items():
             if name in failed:
@@ -225,6 +226,10 @@ def task(job: Job, rank: int, given: dict[str, Any], report: Report) -> dict[str
             weights[name] = dict(module.state_dict())
             dist.barrier()
             report((turn + 1) * iterations)
+        late = torch.tensor(float(perf_counter() - begin > given["seconds"]))
+        dist.broadcast(late, 0)  # both stop after the same round
+        if late:
+            break
     return {"periods": periods, "weights": weights, "failed": failed}
 
 
@@ -252,6 +257,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--iterations", type=int, default=14)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="begin no round after that")
     parser.add_argument("--cuts", type=int, nargs=1, default=None, help="default: measured")
     parser.add_argument("--contenders", nargs="+", default=None, help="names; default: all")
     parser.add_argument("--output", type=Path, default=None)
@@ -273,6 +279,7 @@ def main() -> None:
         "iterations": options.iterations,
         "rounds": options.rounds,
         "wanted": options.contenders,
+        "seconds": options.seconds,
     }
     workers = run_together(partial(task, job), STAGES, given)
     first, second = workers
@@ -288,7 +295,8 @@ def main() -> None:
             equal = all(same(w["weights"][one], w["weights"][other], buffers) for w in workers)
             what = "weights and buffers" if buffers else "weights"
             print(f"final {what} of {one} and {other}: {'equal' if equal else 'DIFFERENT'}")
-    print(f"{environment()}; cut {list(cuts)}")
+    rounds = len(next(iter(periods.values())))
+    print(f"{environment()}; cut {list(cuts)}; {rounds} rounds")
     print(table(periods))
     if options.output is not None:
         result = {
