@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def work(
         record: takes a span per operation.
         on_sample: called with each sample that the last stage has finished.
     """
-    values: dict[Key, Tensor] = {}
+    values: dict[Key, Any] = {}
     for instruction in program:
         match instruction:
             case Receive(message=message):
@@ -107,7 +107,7 @@ def work(
         record.instructions += 1
 
 
-def _run(op: Op, stage: Stage, values: dict[Key, Tensor], samples: Samples) -> None:
+def _run(op: Op, stage: Stage, values: dict[Key, Any], samples: Samples) -> None:
     """Run one operation on its inputs; its outputs go where their consumers will look."""
     activation, gradient = Relation.ACTIVATION, Relation.GRADIENT
     if op.kind is OpKind.FORWARD:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ddg_gpu.step import OptimizerFactory, Step
+from ddg_gpu.value import Value, checked, detached, floating, like, members
 from ddg_gpu.weights import VersionStore, Weights, call
 from ddg_sim.rule import Activations, Gradient, Jacobian, TransformKind
 from ddg_sim.schedule import Op, OpKind, Schedule, ScheduleError, staleness
@@ -20,18 +22,41 @@ from ddg_sim.schedule import Op, OpKind, Schedule, ScheduleError, staleness
 class InFlight:
     """What a stage keeps of a sample between its forward and its backward pass."""
 
-    inputs: Tensor
-    targets: Tensor | None
+    inputs: Value
+    targets: Value | None
     version: int
     weights: Weights
-    root: Tensor | None = None  # of the graph: the activation, or the loss where there is one
+    #: Of the graph: the floating-point members of the activation, or the loss where there is one.
+    roots: tuple[Tensor, ...] = ()
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Gradients of the samples of one update, added as they come; None where there are none."""
+
+    count: int = 0
+    total: tuple[Tensor | None, ...] = ()
+
+    def add(self, found: tuple[Tensor | None, ...]) -> None:
+        # Not in place: what autograd returns may also be the error that is on its way.
+        if self.count:
+            pairs = zip(self.total, found, strict=True)
+            found = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
+        self.count, self.total = self.count + 1, found
+
+    def mean(self) -> list[Tensor | None]:
+        if self.count == 1:
+            return list(self.total)
+        return [None if total is None else total / self.count for total in self.total]
 
 
 class Stage:
     """A stage that runs a schedule's operations on its weights.
 
     Args:
-        module: the stage's layers; its parameters are trained in place.
+        module: the stage's layers; its parameters are trained in place. It takes one argument, as
+            the modules of `nn.Sequential` do: a tensor or a flat tuple of tensors (`Value`), and
+            returns one such value.
         index: which stage of the schedule it is (0-based).
         schedule: gives the rule, and whether updates overtake samples in flight.
         optimizer: makes the optimizer of the stage's parameters.
@@ -51,7 +76,7 @@ class Stage:
         schedule: Schedule,
         optimizer: OptimizerFactory,
         seed: int = 0,
-        loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+        loss: Callable[..., Tensor] = nn.functional.cross_entropy,
         head: nn.Module | None = None,
     ) -> None:
         refuse(schedule, index)
@@ -84,9 +109,10 @@ class Stage:
             lag=max(lags),
             rate=lambda: self._step.rate,
         )
-        self._gradients: dict[int, tuple[Tensor | None, ...]] = {}  # by sample
+        self._per_update = schedule.samples_per_iteration
+        self._sums: dict[int, _Sum] = {}  # of gradients, by update
         self._in_flight: dict[int, InFlight] = {}
-        self._halves: dict[int, tuple[InFlight, Tensor | None]] = {}  # with the error that came
+        self._halves: dict[int, tuple[InFlight, Value | None]] = {}  # with the error that came
         self._seed = seed
         self._loss = loss
 
@@ -95,16 +121,28 @@ class Stage:
         """Samples in flight, and weight versions held, now."""
         return len(self._in_flight.keys() | self._halves.keys()), self._store.count
 
-    def forward(self, op: Op, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, op: Op, inputs: Value, targets: Value | None = None) -> Value:
         """Run a sample forward; returns the activation for the next stage, without a graph.
 
         Args:
             op: a forward operation.
             inputs: (B, ...) the previous stage's activation, or the data.
             targets: (B,) the labels; a stage with a loss needs them.
+
+        Raises:
+            ValueError: if the data or the activation is neither a tensor nor a tuple of tensors,
+                or if no error can flow back through what the previous stage gave.
         """
+        inputs = detached(checked(inputs, f"stage {self.index}: the input"))
         if self._sends_error:
-            inputs = inputs.detach().requires_grad_(inputs.is_floating_point())
+            flowing = floating(inputs)
+            if not flowing:
+                raise ValueError(
+                    f"stage {self.index}: the input has no floating-point tensor, so that stage"
+                    f" {self.index - 1} gets no error: cut the network elsewhere"
+                )
+            for tensor in flowing:
+                tensor.requires_grad_()
         sample = InFlight(inputs, targets, op.version, self._store.forward(op.version))
         if self._activations is Activations.NEWEST:
             self._in_flight.clear()
@@ -113,7 +151,7 @@ class Stage:
         with torch.set_grad_enabled(keeps_graph):
             output = self._run(op, sample, sample.weights)
         if not keeps_graph:
-            sample.root = None
+            sample.roots = ()
         return output
 
     def recompute(self, op: Op) -> None:
@@ -128,7 +166,7 @@ class Stage:
         buffers = {name: buffer.clone() for name, buffer in self._trained.named_buffers()}
         self._run(op, sample, {**sample.weights, **buffers})
 
-    def backward(self, op: Op, error: Tensor | None = None) -> Tensor | None:
+    def backward(self, op: Op, error: Value | None = None) -> Value | None:
         """Differentiate a sample; keeps the weights' gradients for the update.
 
         The half that sends the error on leaves the graph to the half that differentiates the
@@ -136,11 +174,12 @@ class Stage:
 
         Args:
             op: a backward operation, or one of its halves.
-            error: (B, ...) gradient of the loss by this stage's activation; None where the stage
-                has a loss, and for the second half.
+            error: (B, ...) gradient of the loss by this stage's activation, a tensor per
+                floating-point member; None where the stage has a loss, and for the second half.
 
         Returns:
-            (B, ...) the gradient of the loss by the stage's input; None if nobody needs it.
+            (B, ...) the gradient of the loss by the stage's input, a tensor per floating-point
+            member: zeros where the loss does not depend on it; None if nobody needs it.
 
         Raises:
             ScheduleError: if the error of a sample does not fit the newest one's activations.
@@ -151,35 +190,33 @@ class Stage:
         else:
             sample = self._take(op, error)
             if error is not None and self._shrink is not None:
-                error = self._shrink * error
+                error = like(tuple(self._shrink * part for part in members(error)), error)
         weights: list[Tensor] = []
-        inputs: list[Tensor] = []
+        inputs: tuple[Tensor, ...] = ()
         if op.kind is OpKind.BACKWARD_INPUT:
             self._halves[op.sample] = sample, error
         else:
             weights = [weight for weight in sample.weights.values() if weight.requires_grad]
         if op.kind is not OpKind.BACKWARD_WEIGHT and self._sends_error:
-            inputs = [sample.inputs]
-        found: tuple[Tensor | None, ...] = ()
-        if weights or inputs:
-            assert sample.root is not None
-            again = op.kind is OpKind.BACKWARD_INPUT or self._keeps_newest
-            found = torch.autograd.grad(
-                sample.root, [*weights, *inputs], error, retain_graph=again, allow_unused=True
-            )
+            inputs = floating(sample.inputs)
+        again = op.kind is OpKind.BACKWARD_INPUT or self._keeps_newest
+        found = _gradients(sample.roots, error, [*weights, *inputs], again)
         if op.kind is not OpKind.BACKWARD_INPUT:
-            self._gradients[op.sample] = found[: len(weights)]
+            self._sums.setdefault(op.sample // self._per_update, _Sum()).add(found[: len(weights)])
             self._store.release(sample.version)
-        return found[-1] if inputs else None
+        if not inputs:
+            return None
+        own = zip(found[len(weights) :], inputs, strict=True)
+        return like(
+            tuple(torch.zeros_like(x) if part is None else part for part, x in own), sample.inputs
+        )
 
     def update(self, op: Op) -> None:
-        """Apply the mean gradient of all samples up to the operation's that were not applied yet.
+        """Apply the mean gradient of the samples of an update: those that enter in one iteration.
 
         The learning rate is the one in force now.
         """
-        samples = [sample for sample in sorted(self._gradients) if sample <= op.sample]
-        found = [self._gradients.pop(sample) for sample in samples]
-        gradients = [_mean(list(own)) for own in zip(*found, strict=True)]
+        gradients = self._sums.pop(op.sample // self._per_update).mean()
         self._store.updating()
         self._store.updated(self._step(gradients, op.version - 1))
         if self._store.newest != op.version:
@@ -189,33 +226,34 @@ class Stage:
     def _keeps_newest(self) -> bool:
         return self._activations is Activations.NEWEST
 
-    def _take(self, op: Op, error: Tensor | None) -> InFlight:
+    def _take(self, op: Op, error: Value | None) -> InFlight:
         """The sample whose activations the error meets: its own, or the newest one."""
         if not self._keeps_newest:
             return self._in_flight.pop(op.sample)
         ((number, newest),) = self._in_flight.items()
         if self.has_loss and number != op.sample:
             raise ScheduleError(f"{op}: the torch backend takes the loss of the newest sample only")
-        if error is not None and newest.root is not None and error.shape != newest.root.shape:
-            raise ScheduleError(
-                f"{op}: the newest mini-batch has {len(newest.root)} examples, not {len(error)}:"
-                " take a batch size that divides the data"
-            )
+        for own, root in zip(members(error), newest.roots, strict=False):
+            if own.shape != root.shape:
+                raise ScheduleError(
+                    f"{op}: the newest mini-batch has {len(root)} examples, not {len(own)}:"
+                    " take a batch size that divides the data"
+                )
         return newest
 
-    def _run(self, op: Op, sample: InFlight, weights: Weights) -> Tensor:
-        """Forward pass; sets the root of the graph, returns the activation."""
+    def _run(self, op: Op, sample: InFlight, weights: Weights) -> Value:
+        """Forward pass; sets the roots of the graph, returns the activation."""
         with seeded(self._seed, self.index, op.sample):
             found = call(self._trained, weights, sample.inputs)
-        output: Tensor = found if self._head is None else found[0]
-        logits: Tensor = found if self._head is None else found[1]
-        sample.root = output
+        output, logits = (found, found) if self._head is None else found
+        output = checked(output, f"stage {self.index}: the activation")
+        sample.roots = floating(output)
         if self.has_loss:
-            assert sample.targets is not None
-            sample.root = loss = self._loss(logits, sample.targets)
+            loss = self._loss(logits, sample.targets)
+            sample.roots = (loss,)
             if op.kind is OpKind.FORWARD:
                 self.losses[op.sample] = float(loss.detach())
-        return output.detach()
+        return detached(output)
 
 
 class _Headed(nn.Module):
@@ -225,7 +263,7 @@ class _Headed(nn.Module):
         super().__init__()
         self.body, self.head = body, head
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Value) -> tuple[Any, Any]:
         activation = self.body(inputs)
         return activation, self.head(activation)
 
@@ -265,12 +303,23 @@ def refuse(schedule: Schedule, stage: int) -> None:
         raise ScheduleError(f"stage {stage}: the torch backend keeps a stage on one worker")
 
 
-def _mean(gradients: list[Tensor | None]) -> Tensor | None:
-    """Mean over samples; None where the loss does not depend on the parameter."""
-    present = [gradient for gradient in gradients if gradient is not None]
-    if not present:
-        return None
-    return present[0] if len(gradients) == 1 else torch.stack(present).sum(0) / len(gradients)
+def _gradients(
+    roots: tuple[Tensor, ...], error: Value | None, leaves: list[Tensor], again: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the leaves, None where the roots do not depend on one.
+
+    Args:
+        roots: where the graph ends.
+        error: gradients of the roots; None if the only one is a loss.
+        leaves: where gradients are wanted.
+        again: whether the graph is needed once more.
+    """
+    errors = (None,) * len(roots) if error is None else members(error)
+    grown = [pair for pair in zip(roots, errors, strict=True) if pair[0].requires_grad]
+    if not grown or not leaves:
+        return (None,) * len(leaves)
+    outputs, given = zip(*grown, strict=True)
+    return torch.autograd.grad(outputs, leaves, given, retain_graph=again, allow_unused=True)
 
 
 @contextmanager

@@ -3,14 +3,21 @@
 An optimizer changes parameters in place, but the backward pass of a sample in flight still needs
 the values its forward pass saw. A graph that held the live parameters would then raise, or, with a
 fused optimizer, silently compute another gradient. So graphs are built on something else wherever
-an update can overtake a sample; optimizer and module keep the real parameters. There are three
+an update can overtake a sample; optimizer and module keep the real parameters. There are four
 grounds to build on:
 
 - *live*: the parameters themselves, where nothing is overtaken;
-- *stashed*: a copy per version, shared by all samples that read it;
+- *stashed*: tensors on the storage of the parameters. If samples still read them when the optimizer
+  is about to change the parameters, these move to a fresh storage first (copy on write), and the
+  old one stays with its readers. So there are as many storages as versions;
+- *current*: the same without the move, so that a kept graph is differentiated at the weights of
+  now;
 - *working*: one copy for all, written anew before an operation that reads other values, under the
-  graphs that hold it. So a kept graph is differentiated at the weights of now, or at predicted
-  ones.
+  graphs that hold it. So a kept graph is differentiated at predicted or corrected weights. This
+  costs one storage more than there are versions.
+
+Moving is ``parameter.data = ...``: the parameter stays the same object to module and optimizer.
+Whoever else holds on to ``parameter.data``, or captured its address, is left with an old version.
 """
 
 from __future__ import annotations
@@ -25,6 +32,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ddg_gpu.step import Motion
+from ddg_gpu.value import Value
 from ddg_sim.rule import Activations, Jacobian, Rule, TransformKind
 
 Weights = dict[str, Tensor]
@@ -32,7 +40,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """A copy of the weights, and the update that made them."""
+    """The weights, and the update that made them."""
 
     weights: Weights
     motion: Motion | None
@@ -46,7 +54,7 @@ class VersionStore:
         rule: what the method does to the numbers.
         stage: whose numbers of the rule's corrections apply.
         stale: whether updates happen between a sample's forward and its backward pass. If not, the
-            live parameters serve, unless a correction says otherwise, and nothing is copied.
+            live parameters serve, unless a correction says otherwise.
         lag: by how many updates the weights of a forward pass may be older than the newest.
         rate: gives the learning rate in force, for predictions.
     """
@@ -67,7 +75,7 @@ class VersionStore:
         self.newest = 0
         self._parameters: Weights = dict(module.named_parameters())
         self._trained = [name for name, p in self._parameters.items() if p.requires_grad]
-        self._copies: dict[int, _Version] = {}
+        self._held: dict[int, _Version] = {}
         self._readers: Counter[int] = Counter()
         self._motion: Motion | None = None
         self._lag, self._rate = lag, rate
@@ -77,10 +85,10 @@ class VersionStore:
         }
         self._behind = number(TransformKind.DISCREPANCY, offset=1)
         self._stash = stale and rule.jacobian is Jacobian.STASHED
-        overwritten = stale and rule.activations is not Activations.INPUT
+        self._overtaken = stale and rule.activations is not Activations.INPUT
         corrected = bool(any(self._ahead.values()) or self._behind)
-        works = not self._stash and (overwritten or corrected or lag > 0)
-        self._working = self._copy(self._parameters) if works else None
+        works = not self._stash and (corrected or lag > 0)
+        self._working = self._copy() if works else None
         self._holds: tuple[int, float, float, float] = (0, 0.0, 0.0, 0.0)  # what is written there
 
     def forward(self, version: int) -> Weights:
@@ -88,11 +96,12 @@ class VersionStore:
         if self._working is not None:
             return self._write(version, forward=True)
         if not self._stash:
-            return self._live(version)
-        if version not in self._copies:
-            self._keep(version)
+            self._check(version)
+            return self._views() if self._overtaken else self._parameters
+        if version not in self._held:
+            self._hold(version)
         self._readers[version] += 1
-        return self._copies[version].weights
+        return self._held[version].weights
 
     def differentiate(self, version: int) -> None:
         """Make graphs that were built before give gradients at what a backward pass reads."""
@@ -113,12 +122,16 @@ class VersionStore:
             self._readers[version] -= 1
             self._forget(self.newest)
 
+    @torch.no_grad()
     def updating(self) -> None:
-        """Note that the optimizer is about to change the live parameters."""
-        if self._lag:
-            self._forget(self.newest + 1)
-            if self.newest not in self._copies:
-                self._keep(self.newest)
+        """Let the optimizer change the live parameters: what is still read is left as it is."""
+        self._forget(self.newest + 1)
+        if self._lag and self.newest not in self._held:
+            self._hold(self.newest)
+        if self.newest in self._held:
+            for name in self._trained:
+                parameter = self._parameters[name]
+                parameter.data = parameter.data.clone()
 
     def updated(self, motion: Motion | None = None) -> None:
         """Note that the optimizer has changed the live parameters, and how."""
@@ -128,21 +141,30 @@ class VersionStore:
     @property
     def count(self) -> int:
         """Versions held now, the newest included."""
-        return len(self._copies.keys() | {self.newest})
+        return len(self._held.keys() | {self.newest})
 
-    def _live(self, version: int) -> Weights:
+    def _check(self, version: int) -> None:
         if version != self.newest:
             raise RuntimeError(f"version {version} is gone; the newest is {self.newest}")
-        return self._parameters
 
-    def _keep(self, version: int) -> None:
-        self._copies[version] = _Version(self._copy(self._live(version)), self._motion)
+    def _hold(self, version: int) -> None:
+        self._check(version)
+        self._held[version] = _Version(self._views(), self._motion)
+
+    def _views(self) -> Weights:
+        """Leaves of new graphs on the storage that the parameters have now.
+
+        Made through .data, so that autograd does not count changes of one as changes of the other.
+        """
+        return {
+            name: p.data.requires_grad_(p.requires_grad) for name, p in self._parameters.items()
+        }
 
     def _forget(self, newest: int) -> None:
         """Drop what nobody reads any more, once the newest version is ``newest``."""
-        for version in list(self._copies):
+        for version in list(self._held):
             if not self._readers[version] and not newest - self._lag <= version < newest:
-                del self._copies[version], self._readers[version]
+                del self._held[version], self._readers[version]
 
     @torch.no_grad()
     def _write(self, version: int, forward: bool) -> Weights:
@@ -153,9 +175,11 @@ class VersionStore:
         wanted = (version, ahead, behind, self._rate() if ahead else 0.0)
         if wanted == self._holds:
             return self._working
-        kept = self._copies.get(version)
-        weights = self._live(version) if kept is None else kept.weights
-        motion = self._motion if kept is None else kept.motion
+        if version not in self._held:
+            self._check(version)
+        old = self._held.get(version)
+        weights = self._parameters if old is None else old.weights
+        motion = self._motion if old is None else old.motion
         for name, source in weights.items():
             # Through .data, so that autograd does not refuse the graphs that hold these tensors.
             self._working[name].data.copy_(source.data)
@@ -169,16 +193,17 @@ class VersionStore:
         self._holds = wanted
         return self._working
 
-    @staticmethod
-    def _copy(weights: Weights) -> Weights:
+    def _copy(self) -> Weights:
         return {
-            name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
-            for name, tensor in weights.items()
+            name: p.detach().clone().requires_grad_(p.requires_grad)
+            for name, p in self._parameters.items()
         }
 
 
-def call(stage: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -> Any:
+def call(stage: nn.Module, weights: Mapping[str, Tensor], inputs: Value) -> Any:
     """Run a module forward on the given weights instead of its own; buffers stay its own.
+
+    The module takes one argument: a tuple is passed as one.
 
     >>> import torch
     >>> stage = nn.Linear(1, 1, bias=False)
