@@ -36,6 +36,7 @@ from ddg_sim.methods import Semantics
 from ddg_sim.schedule import Schedule
 
 MIB = 2**20
+GRAIN = 16  # bytes to whose multiples Python's allocator rounds
 #: Run in one process; the first of them also with a process per stage.
 METHODS = ["ddg", "ddg/current", "fr", "gpipe"]
 
@@ -96,9 +97,9 @@ def record_bytes(
         ]
         samples = range(iterations * schedule.samples_per_iteration)
         kept = {sample: sample + 0.5 for sample in samples} if losses else {}
-        traced = tracemalloc.get_traced_memory()[0]
+        traces = tracemalloc.take_snapshot().traces
         del spans, kept
-        return traced
+        return sum(-(-trace.size // GRAIN) * GRAIN for trace in traces)
     finally:
         tracemalloc.stop()
 
@@ -123,15 +124,16 @@ def marks(schedule: Schedule, iterations: int) -> tuple[int, int]:
     return m * (iterations // 10), m * (iterations - 1)
 
 
-def serially(job: Job, dataset: Dataset) -> Watched:
-    """Run in this process."""
+def serially(job: Job, rank: int, given: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Run all stages in one process, which nothing ran in before."""
+    dataset = Dataset(**given["dataset"])
     schedule, parts = job.schedule(), network(job, dataset)
     assert job.iterations is not None
     stages = [make_stage(job, schedule, parts, k) for k in range(job.stages)]
     watched = Watched(Batches(dataset, job.batch_size, job.seed), marks(schedule, job.iterations))
     with one_thread():
         run_serial(schedule, stages, watched, job.iterations)
-    return watched
+    return {"found": [(s.resident, s.handles, s.tensors) for s in watched.found.values()]}
 
 
 def task(job: Job, rank: int, given: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -174,15 +176,14 @@ def main() -> None:
         job = job_of(text, options)
         schedule, span = job.schedule(), options.iterations - options.iterations // 10
         rows: list[tuple[str, list[Size], int]] = []
-        if number == 0:
-            found = run_together(partial(task, job), 2, given, timeout=600.0)
+        for kind, processes in ((task, 2), (serially, 1)) if number == 0 else ((serially, 1),):
+            found = run_together(partial(kind, job), processes, given, timeout=600.0)
             for rank, result in enumerate(found):
                 sizes = [Size(*values) for values in result["found"]]
-                needs = record_bytes(schedule, [rank], span, losses=rank == 1)
-                rows.append((f"{text}, process {rank}", sizes, needs))
-        watched = serially(job, dataset)
-        needs = record_bytes(schedule, [0, 1], span)
-        rows.append((f"{text}, serial", list(watched.found.values()), needs))
+                workers = [rank] if processes > 1 else [0, 1]
+                needs = record_bytes(schedule, workers, span, losses=1 in workers)
+                name = f"process {rank}" if processes > 1 else "serial"
+                rows.append((f"{text}, {name}", sizes, needs))
         for name, (first, last), needs in rows:
             beyond = (last.resident - first.resident - needs) / MIB
             grew = (

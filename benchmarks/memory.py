@@ -33,10 +33,11 @@ from torch.utils._pytree import tree_map_only
 from ddg_gpu import models
 from ddg_gpu.job import Job, network
 from ddg_gpu.stage import Stage, refuse
+from ddg_gpu.step import OptimizerFactory
 from ddg_sim.lowering import memory
 from ddg_sim.methods import METHODS, Semantics, method
 from ddg_sim.rule import Activations, Gradient
-from ddg_sim.schedule import OpKind, Schedule, staleness
+from ddg_sim.schedule import Op, OpKind, Schedule, staleness
 
 OPTIMIZER = partial(torch.optim.SGD, lr=1e-3, momentum=0.9, weight_decay=5e-4)
 LIMIT = 1.05
@@ -106,13 +107,19 @@ def peak(run: Callable[[], object]) -> int:
     return live.peak
 
 
-def run_stage(schedule: Schedule, index: int, layers: Layers, iterations: int) -> Iterator[Stage]:
-    """Run one stage's program alone; yields the stage after every operation."""
+def run_stage(
+    schedule: Schedule,
+    index: int,
+    layers: Layers,
+    iterations: int,
+    optimizer: OptimizerFactory = OPTIMIZER,
+) -> Iterator[tuple[Op, Stage]]:
+    """Run one stage's program alone; yields after every operation."""
     stage = Stage(
         copy.deepcopy(layers.body),
         index,
         schedule,
-        OPTIMIZER,
+        optimizer,
         head=copy.deepcopy(layers.head),
     )
     program = schedule.program(schedule.worker_of(index), iterations, drain=False)
@@ -127,26 +134,30 @@ def run_stage(schedule: Schedule, index: int, layers: Layers, iterations: int) -
         elif op.kind is OpKind.RECOMPUTE:
             stage.recompute(op)
         elif op.kind in (OpKind.BACKWARD, OpKind.BACKWARD_INPUT):
-            stage.backward(op, None if stage.has_loss else torch.zeros(layers.output))
+            stage.backward(op, None if stage.has_loss else 1e-3 * torch.ones(layers.output))
         elif op.kind is OpKind.BACKWARD_WEIGHT:
             stage.backward(op)
         else:
             stage.update(op)
-        yield stage
+        yield op, stage
 
 
-def measured(schedule: Schedule, index: int, layers: Layers) -> int:
+def measured(
+    schedule: Schedule, index: int, layers: Layers, optimizer: OptimizerFactory = OPTIMIZER
+) -> int:
     """Peak bytes of a stage that runs its program."""
     iterations = 2 * schedule.num_ticks(0) + 3
 
     def run() -> None:
-        for _ in run_stage(schedule, index, layers, iterations):
+        for _ in run_stage(schedule, index, layers, iterations, optimizer):
             pass
 
     return peak(run)
 
 
-def least(schedule: Schedule, index: int, layers: Layers) -> int:
+def least(
+    schedule: Schedule, index: int, layers: Layers, optimizer: OptimizerFactory = OPTIMIZER
+) -> int:
     """The least bytes that the schedule allows, from figures of plain PyTorch."""
     needs = memory(schedule)[index]
     local = schedule.rule.gradient is Gradient.LOCAL
@@ -154,7 +165,7 @@ def least(schedule: Schedule, index: int, layers: Layers) -> int:
     weights = sum(p.numel() * p.element_size() for p in parameters(layers))
     more = saved(layers, local, stored)
     return (
-        plain_peak(schedule, layers, local, stored)
+        plain_peak(schedule, layers, optimizer)
         + (needs.activations - 1) * more
         + (needs.weight_versions - 1) * weights
     )
@@ -179,10 +190,11 @@ def forward(layers: Layers, local: bool, inputs: Tensor) -> Tensor:
     return output
 
 
-def plain_peak(schedule: Schedule, layers: Layers, local: bool, stored: bool) -> int:
+def plain_peak(schedule: Schedule, layers: Layers, make: OptimizerFactory) -> int:
     """Peak bytes of plain training steps of the layers, weights and optimizer included."""
-    kinds = {t.kind for t in schedule.templates() if t.stage is not None}
-    halves = OpKind.BACKWARD_INPUT in kinds
+    local = schedule.rule.gradient is Gradient.LOCAL
+    stored = schedule.rule.activations is Activations.INPUT
+    halves = OpKind.BACKWARD_INPUT in {template.kind for template in schedule.templates()}
 
     def run() -> None:
         mine = Layers(
@@ -193,7 +205,7 @@ def plain_peak(schedule: Schedule, layers: Layers, local: bool, stored: bool) ->
             layers.first,
             layers.last,
         )
-        optimizer = OPTIMIZER(parameters(mine))
+        optimizer = make(parameters(mine))
         for _ in range(2):
             for _ in range(schedule.samples_per_iteration):
                 inputs = mine.inputs()
@@ -201,7 +213,7 @@ def plain_peak(schedule: Schedule, layers: Layers, local: bool, stored: bool) ->
                     with torch.no_grad():
                         forward(mine, True, inputs)
                 root = forward(mine, local, inputs)
-                error = None if root.dim() == 0 else torch.zeros(mine.output)
+                error = None if root.dim() == 0 else 1e-3 * torch.ones(mine.output)
                 if halves and inputs.requires_grad:
                     torch.autograd.grad(root, inputs, error, retain_graph=True)
                 root.backward(error)
