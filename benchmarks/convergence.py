@@ -384,18 +384,22 @@ def draw(mine: Mine, heading: str, delays: Path, curves: Path) -> None:
     if series:
         delay_curves(series, delays, heading)
     most = max(stages for stages, _, _ in mine)
-    drawn: dict[str, Curve] = {}
+    # Methods whose runs end with the same weights share a curve.
+    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for text in DRAWN:
         if runs := mine.get((most, RATE, text)):
-            items = list(runs.values())
-            epochs = range(len(items[0]["accuracies"]))
-            finite = all(None not in item["losses"] for item in items)
-            drawn[text] = Curve(
-                [items[0]["iterations_per_epoch"] * (e + 1) for e in epochs],
-                items[0]["relative_period"],
-                [interval([item["losses"][e] for item in items]) for e in epochs] if finite else [],
-                [interval([100 * item["accuracies"][e] for item in items]) for e in epochs],
-            )
+            alike[tuple(runs[seed]["weights_sha256"] for seed in sorted(runs))].append(text)
+    drawn: dict[str, Curve] = {}
+    for names in alike.values():
+        items = list(mine[most, RATE, names[0]].values())
+        epochs = range(len(items[0]["accuracies"]))
+        finite = all(None not in item["losses"] for item in items)
+        drawn[" = ".join(names)] = Curve(
+            [items[0]["iterations_per_epoch"] * (e + 1) for e in epochs],
+            items[0]["relative_period"],
+            [interval([item["losses"][e] for item in items]) for e in epochs] if finite else [],
+            [interval([100 * item["accuracies"][e] for item in items]) for e in epochs],
+        )
     if drawn:
         convergence_curves(drawn, curves, f"{heading}; K={most}")
 
