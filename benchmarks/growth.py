@@ -174,29 +174,26 @@ def main() -> None:
     for number, text in enumerate(options.methods):
         job = job_of(text, options)
         schedule, span = job.schedule(), options.iterations - options.iterations // 10
-        rows: list[tuple[str, list[Size], int]] = []
         for kind, processes in ((task, 2), (serially, 1)) if number == 0 else ((serially, 1),):
             found = run_together(partial(kind, job), processes, given, timeout=600.0)
             for rank, result in enumerate(found):
-                sizes = [Size(*values) for values in result["found"]]
+                first, last = (Size(*values) for values in result["found"])
                 workers = [rank] if processes > 1 else [0, 1]
                 needs = record_bytes(schedule, workers, span, losses=1 in workers)
-                name = f"process {rank}" if processes > 1 else "serial"
-                rows.append((f"{text}, {name}", sizes, needs))
-        for name, (first, last), needs in rows:
-            beyond = (last.resident - first.resident - needs) / MIB
-            grew = (
-                beyond > options.limit
-                or last.handles > first.handles
-                or last.tensors > first.tensors
-            )
-            failed = failed or grew
-            print(
-                f"| {name}{' **grows**' if grew else ''} | {first.resident / MIB:.1f}"
-                f" | {last.resident / MIB:.1f} | {needs / span:.0f} | {beyond:+.2f}"
-                f" | {first.handles} → {last.handles} | {first.tensors} → {last.tensors} |",
-                flush=True,
-            )
+                name = f"{text}, process {rank}" if processes > 1 else f"{text}, serial"
+                beyond = (last.resident - first.resident - needs) / MIB
+                grew = (
+                    beyond > options.limit
+                    or last.handles > first.handles
+                    or last.tensors > first.tensors
+                )
+                failed = failed or grew
+                print(
+                    f"| {name}{' **grows**' if grew else ''} | {first.resident / MIB:.1f}"
+                    f" | {last.resident / MIB:.1f} | {needs / span:.0f} | {beyond:+.2f}"
+                    f" | {first.handles} → {last.handles} | {first.tensors} → {last.tensors} |",
+                    flush=True,
+                )
     if failed:
         print("memory, handles or tensors grow", file=sys.stderr)
         raise SystemExit(1)
