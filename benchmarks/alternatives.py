@@ -39,7 +39,8 @@ from torch.func import functional_call
 
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.distributed import dataset_values, run_stages
-from ddg_gpu.job import Job, make_stage, message_shape, network, optimizer_factory
+from ddg_gpu.job import Job, make_stage, network, optimizer_factory
+from ddg_gpu.messages import message_buffer
 from ddg_gpu.processes import Report, run_together
 from ddg_gpu.profile import measured_cuts
 from ddg_gpu.validate import too_few_cores
@@ -78,9 +79,9 @@ class Process:
         """This toolkit's executor."""
         schedule, parts = method(name, STAGES), network(self.job, self.dataset)
         stage = make_stage(self.job, schedule, parts, self.rank)
-        shape = message_shape(parts.boundaries, self.batches)
+        buffer = message_buffer(schedule, parts.boundaries, self.batches.size)
         record = run_stages(
-            schedule, self.rank, {self.rank: stage}, self.batches, shape, self.iterations, 60.0
+            schedule, self.rank, {self.rank: stage}, self.batches, buffer, self.iterations, 60.0
         )
         return stage.module, [end for op, _, end in record.spans if op.kind is OpKind.UPDATE]
 
@@ -89,7 +90,7 @@ class Process:
         module, ends = self.module(), list[float]()
         parameters = list(module.parameters())
         optimizer = self.optimizer(parameters)
-        shape = (self.job.batch_size, *self.parts.boundaries[0])
+        shape = (self.job.batch_size, *self.parts.boundaries[0].shape)
         buffers = [torch.empty(shape), torch.empty(shape)]
         receives: list[Any] = [None, None]
 

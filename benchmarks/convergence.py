@@ -49,7 +49,7 @@ from ddg_sim.costs import Costs
 from ddg_sim.cycletime import cycle_time
 from ddg_sim.files import replacing
 from ddg_sim.methods import METHODS, Semantics, method
-from ddg_sim.schedule import Schedule, staleness
+from ddg_sim.schedule import Op, OpKind, Schedule, staleness
 
 BATCH = 48  # divisible by 1..4 micro-batches
 RATE = 0.0125
@@ -155,13 +155,16 @@ def train(case: Case, dataset: Dataset) -> dict[str, Any]:
     batches = Batches(dataset, job.batch_size, job.seed)
     accuracies: list[float] = []
 
-    def on_sample(sample: int) -> None:
+    def watch(op: Op, _seconds: float) -> None:
+        if op.kind is not OpKind.UPDATE or op.stage < job.stages - 1:
+            return
+        sample = op.sample
         if (sample + 1) % (per_epoch * m) == 0 and len(accuracies) < case.epochs - 1:
             accuracies.append(evaluate(parts.model, dataset))
             parts.model.train()
 
     with one_thread():
-        run_serial(schedule, stages, batches, case.epochs * per_epoch, on_sample=on_sample)
+        run_serial(schedule, stages, batches, case.epochs * per_epoch, watch=watch)
         accuracies.append(evaluate(parts.model, dataset))
     losses = [loss for _, loss in sorted(stages[-1].losses.items())]
     size = per_epoch * m

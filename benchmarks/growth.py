@@ -28,7 +28,8 @@ from torch import Tensor
 from ddg_gpu.data import Batches, Dataset, load
 from ddg_gpu.distributed import dataset_values, run_stages
 from ddg_gpu.execute import run_serial
-from ddg_gpu.job import Job, make_stage, message_shape, network
+from ddg_gpu.job import Job, make_stage, network
+from ddg_gpu.messages import message_buffer
 from ddg_gpu.processes import Report, run_together
 from ddg_gpu.stage import Stage
 from ddg_gpu.train import one_thread
@@ -143,8 +144,8 @@ def task(job: Job, rank: int, given: dict[str, Any], report: Report) -> dict[str
     batches = Batches(dataset, job.batch_size, job.seed)
     watched = Watched(batches, marks(schedule, job.iterations))
     stages: dict[int, Stage] = {rank: make_stage(job, schedule, parts, rank)}
-    shape = message_shape(parts.boundaries, batches)
-    run_stages(schedule, rank, stages, watched, shape, job.iterations, timeout=600.0)
+    buffer = message_buffer(schedule, parts.boundaries, batches.size)
+    run_stages(schedule, rank, stages, watched, buffer, job.iterations, timeout=600.0)
     return {"found": [(s.resident, s.handles, s.tensors) for s in watched.found.values()]}
 
 

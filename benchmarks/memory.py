@@ -31,9 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ddg_gpu import models
+from ddg_gpu.boundaries import TensorSpec
 from ddg_gpu.job import Job, network
 from ddg_gpu.stage import Stage, refuse
 from ddg_gpu.step import OptimizerFactory
+from ddg_gpu.transport import require_processes
 from ddg_sim.lowering import memory
 from ddg_sim.methods import METHODS, Semantics, method
 from ddg_sim.rule import Activations, Gradient
@@ -250,7 +252,8 @@ def saved(layers: Layers, local: bool, stored: bool) -> int:
 def layers_of(job: Job, schedule: Schedule) -> list[Layers]:
     """The stages of a job's network, as plain layers."""
     parts = network(job, random_images(64))
-    shapes = [torch.Size((3, 32, 32)), *parts.boundaries, torch.Size((parts.classes,))]
+    crossing = [b.shape for b in parts.boundaries if isinstance(b, TensorSpec)]
+    shapes = [torch.Size((3, 32, 32)), *crossing, torch.Size((parts.classes,))]
     local = schedule.rule.gradient is Gradient.LOCAL
     return [
         Layers(
@@ -274,9 +277,11 @@ def trainable(stages: int) -> Iterator[tuple[str, Schedule]]:
             schedule = method(base, stages, semantics=reading)
             for stage in range(stages):
                 refuse(schedule, stage)
+                require_processes(schedule)
         except ValueError:
             continue
-        yield name, schedule
+        if schedule.rule.activations is not Activations.RECONSTRUCT:  # which needs its own layers
+            yield name, schedule
 
 
 def main() -> None:
