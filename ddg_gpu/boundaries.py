@@ -178,17 +178,20 @@ def _unchanged(index: int, stage: nn.Module, inputs: Sequence[Tensor]) -> Iterat
     before = [tensor._version for tensor in inputs]
     culprits: list[str] = []
 
-    def watch(layer: nn.Module, name: str) -> torch.utils.hooks.RemovableHandle:
-        def look(*_: object) -> None:
+    def watch(layer: nn.Module, name: str, hooks: ExitStack) -> None:
+        def look(who: str) -> None:
             if not culprits and [tensor._version for tensor in inputs] != before:
-                culprits.append(f"layer {name!r} ({type(layer).__name__}) of stage {index}")
+                culprits.append(who)
 
-        return layer.register_forward_hook(look)
+        earlier = f"an operation before layer {name!r} of stage {index}"
+        itself = f"layer {name!r} ({type(layer).__name__}) of stage {index}"
+        hooks.callback(layer.register_forward_pre_hook(lambda *_: look(earlier)).remove)
+        hooks.callback(layer.register_forward_hook(lambda *_: look(itself)).remove)
 
     with ExitStack() as hooks:
         for name, layer in stage.named_modules():
             if next(layer.children(), None) is None:
-                hooks.callback(watch(layer, name).remove)
+                watch(layer, name, hooks)
         yield
     if [tensor._version for tensor in inputs] != before:
         named = culprits[0] if culprits else f"an operation of stage {index} {_span(stage)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -74,6 +75,67 @@ class SequentialChain:
     def join(self, first: int, last: int) -> nn.Sequential:
         """See `Chain`."""
         return _rebuilt(self._model, self._layers[first:last], depth=0)
+
+
+def check(chain: Chain, model: nn.Module, cuts: Sequence[int], tied: Sequence[int] = ()) -> None:
+    """Refuse stages that share what they train or write, or have nothing to train.
+
+    Args:
+        chain: the layers.
+        model: the whole model, for the names of its tensors.
+        cuts: first layers of stages 1..K-1.
+        tied: two stages that may share parameters.
+
+    Raises:
+        SplitError: naming the tensor, or the stage and its layers.
+    """
+    names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+    home: dict[int, int] = {}
+    for stage, (first, last) in enumerate(pairwise([0, *cuts, len(chain.names)])):
+        state = [tensor for layer in chain.state[first:last] for tensor in layer]
+        for tensor in state:
+            other = home.setdefault(id(tensor), stage)
+            may = {other, stage} <= set(tied) and isinstance(tensor, nn.Parameter)
+            if other != stage and not may:
+                raise SplitError(
+                    f"stages {other} and {stage} would share"
+                    f" {names.get(id(tensor), 'a tensor')!r}: cut so that the layers that use it"
+                    " are on one stage; only tied stages may share, as ouroboros' first and last"
+                )
+        if not any(tensor.requires_grad for tensor in state):
+            raise SplitError(
+                f"stage {stage} (layers {chain.names[first]!r} to {chain.names[last - 1]!r}) has no"
+                " parameters to train: give its layers to a neighbour"
+            )
+
+
+def trainable(chain: Chain, most: int, may_share: bool = False) -> list[int]:
+    """Layers at which a stage may begin, so that all parts between have something to train.
+
+    What has nothing to train stays with what comes before it, or with the first that has. Tied
+    layers, and those between them, stay together.
+
+    Args:
+        chain: the layers.
+        most: tensors that may cross at once.
+        may_share: whether tied layers may be on different stages all the same.
+
+    >>> linear = nn.Linear(2, 2)
+    >>> trainable(SequentialChain(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), linear, linear)), 1)
+    [0, 2]
+    """
+    first: dict[int, int] = {}
+    tied: set[int] = set()
+    for layer, state in enumerate(chain.state):
+        for tensor in state:
+            if not may_share:
+                tied.update(range(first.setdefault(id(tensor), layer) + 1, layer + 1))
+    starts = [i for i in range(1, len(chain.names)) if chain.crossing[i] <= most and i not in tied]
+    found: list[int] = []
+    for start, end in pairwise([0, *starts, len(chain.names)]):
+        if any(tensor.requires_grad for layer in chain.state[start:end] for tensor in layer):
+            found.append(start)
+    return [0, *found[1:]]
 
 
 def is_sequence(module: nn.Module) -> bool:

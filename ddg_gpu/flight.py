@@ -36,7 +36,11 @@ class InFlight:
 
 @dataclass(slots=True)
 class Sum:
-    """Gradients of the samples of one update, added as they come; None where there are none."""
+    """Gradients of the samples of one update, added as they come; None where there are none.
+
+    So one is held, not one per sample; methods that differentiate the samples of an update in
+    another order (GPipe: the last one first) add them in that order.
+    """
 
     count: int = 0
     total: tuple[Tensor | None, ...] = ()

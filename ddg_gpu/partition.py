@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddg_gpu.boundaries import boundaries, compare
-from ddg_gpu.chain import Chain, SequentialChain, is_sequence, listed
+from ddg_gpu.chain import Chain, SequentialChain, check, is_sequence, listed, trainable
 from ddg_gpu.dryrun import SplitError, Value, batch_of
 from ddg_gpu.exporting import export
 from ddg_gpu.graphcut import GraphChain
@@ -73,7 +73,7 @@ def split(
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 64), nn.ReLU(),
     ...                       nn.Linear(64, 2))
     >>> [list(stage.state_dict()) for stage in split(model, 2, by="parameters")]
-    [['0.weight', '0.bias'], ['2.weight', '2.bias', '4.weight', '4.bias']]
+    [['0.weight', '0.bias', '2.weight', '2.bias'], ['4.weight', '4.bias']]
     >>> [len(stage) for stage in split(model, 3, by=["2", "4"], example=torch.zeros(1, 8))]
     [2, 2, 1]
     """
@@ -233,7 +233,7 @@ def _cut(
         return chain, _named(chain, model, by)
 
     chain, found = _first(model, example, cuts)
-    _check(chain, model, found, tied)
+    check(chain, model, found, tied)
     return chain, found
 
 
@@ -272,31 +272,6 @@ def _named(chain: Chain, model: nn.Module, by: Sequence[int | str]) -> list[int]
     return cuts
 
 
-def _check(chain: Chain, model: nn.Module, cuts: Sequence[int], tied: Sequence[int]) -> None:
-    """Refuse stages that share what they train or write, or have nothing to train.
-
-    Two tied stages may share parameters.
-    """
-    names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
-    home: dict[int, int] = {}
-    for stage, (first, last) in enumerate(pairwise([0, *cuts, len(chain.names)])):
-        state = [tensor for layer in chain.state[first:last] for tensor in layer]
-        for tensor in state:
-            other = home.setdefault(id(tensor), stage)
-            may = {other, stage} <= set(tied) and isinstance(tensor, nn.Parameter)
-            if other != stage and not may:
-                raise SplitError(
-                    f"stages {other} and {stage} would share"
-                    f" {names.get(id(tensor), 'a tensor')!r}: cut so that the layers that use it"
-                    " are on one stage; only tied stages may share, as ouroboros' first and last"
-                )
-        if not any(tensor.requires_grad for tensor in state):
-            raise SplitError(
-                f"stage {stage} (layers {chain.names[first]!r} to {chain.names[last - 1]!r}) has no"
-                " parameters to train: give its layers to a neighbour"
-            )
-
-
 def _balanced(
     chain: Chain,
     model: nn.Module,
@@ -308,7 +283,7 @@ def _balanced(
     """Cuts that minimise the largest stage's cost, where as few tensors cross as can be."""
     starts: list[int] = []
     for most in sorted(set(chain.crossing[1:])):
-        starts = _trainable(chain, most, may_share)
+        starts = trainable(chain, most, may_share)
         if len(starts) >= num_stages:
             break
     else:
@@ -330,23 +305,3 @@ def _balanced(
         assert example is not None
         costs = seconds([chain.join(first, last) for first, last in bounds], example)
     return [starts[cut] for cut in balanced_cuts(costs, num_stages)]
-
-
-def _trainable(chain: Chain, most: int, may_share: bool) -> list[int]:
-    """Layers at which a stage may begin, so that all parts between have something to train.
-
-    What has nothing to train stays with what comes before it, or with the first that has. Tied
-    layers, and those between them, stay together, unless some stages may share what they train.
-    """
-    first: dict[int, int] = {}
-    tied: set[int] = set()
-    for layer, state in enumerate(chain.state):
-        for tensor in state:
-            if not may_share:
-                tied.update(range(first.setdefault(id(tensor), layer) + 1, layer + 1))
-    starts = [i for i in range(1, len(chain.names)) if chain.crossing[i] <= most and i not in tied]
-    found: list[int] = []
-    for start, end in pairwise([0, *starts, len(chain.names)]):
-        if any(tensor.requires_grad for layer in chain.state[start:end] for tensor in layer):
-            found.append(start)
-    return [0, *found[1:]]

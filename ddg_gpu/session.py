@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ddg_gpu.execute import ENDLESS, NOTHING, Before, Execution, Record, Samples, Transport, Watch
+from ddg_gpu.execute import NOTHING, Before, Execution, Record, Samples, Transport, Watch
 from ddg_gpu.stage import Stage
 from ddg_gpu.state import StageState, Tree
 from ddg_gpu.value import Value, members
@@ -41,7 +41,7 @@ class Session:
         self._samples = samples
         self._connect = connect
         self._watch = watch
-        self._execution = self._begin(NOTHING, ENDLESS)
+        self._execution = self._begin(NOTHING)
         self._flushed = False
 
     @property
@@ -57,11 +57,6 @@ class Session:
         return execution.before.samples + execution.fed * each
 
     @property
-    def begun(self) -> int:
-        """Iterations that were fed before the last flush; all, if nothing was fed since."""
-        return self.iteration if self._flushed else self._execution.before.updates
-
-    @property
     def length(self) -> int:
         """Iterations that were fed since the last flush but for the one that was just done."""
         return self._execution.fed
@@ -71,11 +66,6 @@ class Session:
         """Per worker, what it did since the last flush but for the one that was just done."""
         return self._execution.records
 
-    def begin(self, iterations: int) -> None:
-        """Say how many iterations will be fed before the next flush; at the start or after one."""
-        before = Before(self.fed, self.iteration) if self._flushed else self._execution.before
-        self._execution, self._flushed = self._begin(before, iterations), False
-
     def advance(self, iterations: int) -> None:
         """Go on until so many iterations were fed, from the very first on.
 
@@ -84,7 +74,8 @@ class Session:
             PeerLostError: if a worker elsewhere is gone, or does not answer in time.
         """
         if self._flushed:
-            self.begin(ENDLESS)
+            self._execution = self._begin(Before(self.fed, self.iteration))
+            self._flushed = False
         self._execution.advance(iterations - self._execution.before.updates)
 
     def flush(self) -> None:
@@ -113,10 +104,9 @@ class Session:
         messages = {} if self._flushed else execution.messages()
         found: dict[str, Tree] = {
             "position": {
-                "before": [execution.before.samples, execution.before.updates],
-                "tick": execution.tick,
-                "fed": execution.fed,
-                "samples": self.fed - execution.before.samples,
+                "samples": self.fed if self._flushed else execution.before.samples,
+                "updates": self.iteration if self._flushed else execution.before.updates,
+                "tick": 0 if self._flushed else execution.tick,
                 "flushed": self._flushed,
             }
         }
@@ -138,16 +128,15 @@ class Session:
             }
         return found
 
-    def restore(self, state: Mapping[str, Tree], iterations: int = ENDLESS) -> None:
+    def restore(self, state: Mapping[str, Tree]) -> None:
         """Go on from what `state` gave, of the same schedule; of a new session only.
 
         Args:
             state: of all stages of this process, and the position.
-            iterations: iterations that are fed between the last flush and the next.
         """
         position = state["position"]
-        self._execution = self._begin(Before(*position["before"]), iterations, position["tick"])
-        self._flushed = position["flushed"]
+        before = Before(position["samples"], position["updates"])
+        self._execution = self._begin(before, position["tick"])
         messages, values = {}, {}
         for index, stage in self._stages.items():
             own = state[f"stage {index}"]
@@ -165,22 +154,20 @@ class Session:
             trained: per stage here, what `state` gave of its parameters and buffers.
             position: of the other run.
         """
-        samples, updates = position["before"]
-        before = Before(samples + position["samples"], updates + position["fed"])
+        before = Before(position["samples"], position["updates"])
         for index, stage in self._stages.items():
             stage.load(trained[index], before.samples, before.updates)
-        self._execution = self._begin(before, ENDLESS)
+        self._execution = self._begin(before)
 
-    def _begin(self, before: Before, iterations: int, start: int = 0) -> Execution:
+    def _begin(self, before: Before, start: int = 0) -> Execution:
         return Execution(
             self.schedule,
             self._workers,
             self._stages,
             self._samples,
             self._connect(),
-            iterations,
-            before,
-            start,
+            before=before,
+            start=start,
             watch=self._watch,
         )
 

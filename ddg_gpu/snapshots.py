@@ -245,6 +245,8 @@ def _reason(error: BaseException) -> str:
     if failures:  # of torch.distributed.checkpoint: (error, traceback) by rank
         error = next(iter(failures.values()))[0]
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "inline_container" in lines[0]:  # how torch says that a write has failed
+        return "a file could not be written whole: is the disk full?"
     return lines[0]
 
 

@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.distributed import dataset_values
 from ddg_gpu.job import Job, Network, make_stage, network
+from ddg_gpu.messages import message_buffer
 from ddg_gpu.processes import Report, run_together
+from ddg_gpu.value import Value, members
 from ddg_sim.contention import Slowdown
+from ddg_sim.dependencies import Relation
+from ddg_sim.lowering import Message
 from ddg_sim.methods import Semantics
 from ddg_sim.schedule import Op, OpKind
 
@@ -106,8 +109,21 @@ def time_job(job: Job, dataset: Dataset, iterations: int) -> Timing:
 
 
 def message_bytes(job: Job, parts: Network) -> list[int]:
-    """Bytes of the message over each link, for a full mini-batch of float32."""
-    return [4 * job.batch_size * shape.numel() for shape in parts.boundaries]
+    """Bytes of an activation over each link, for a full mini-batch."""
+    values = (_stand_in(job, parts, k, Relation.ACTIVATION) for k in range(job.stages - 1))
+    return [sum(tensor.nbytes for tensor in members(value)) for value in values]
+
+
+def _stand_in(job: Job, parts: Network, boundary: int, relation: Relation) -> Value:
+    """What could cross a boundary, for a full mini-batch: normal numbers, zeros for integers."""
+    make = message_buffer(job.schedule(), parts.boundaries, lambda sample: job.batch_size)
+    value = make(Message(relation, boundary, boundary + 1, sample=0))
+    for tensor in members(value):
+        if tensor.is_floating_point():
+            tensor.normal_()
+        else:
+            tensor.zero_()
+    return value
 
 
 _TIMED = (*PASSES, OpKind.UPDATE, OpKind.RECOMPUTE)
@@ -121,13 +137,15 @@ class _Passes:
         batches = Batches(dataset, job.batch_size, job.seed)
         self._rank = rank
         self._stage = make_stage(job, job.schedule(), parts, rank)
-        self._inputs = batches.inputs(0)
+        self._inputs: Value = batches.inputs(0)
         if rank > 0:
-            self._inputs = torch.randn(job.batch_size, *parts.boundaries[rank - 1])
+            self._inputs = _stand_in(job, parts, rank - 1, Relation.ACTIVATION)
         self._targets = batches.targets(0)
-        self._error: Tensor | None = None
+        self._error: Value | None = None
         if rank < job.stages - 1:
-            self._error = 1e-3 * torch.randn(job.batch_size, *parts.boundaries[rank])
+            self._error = _stand_in(job, parts, rank, Relation.GRADIENT)
+            for tensor in members(self._error):
+                tensor.mul_(1e-3)
         self._samples = self._updates = 0
         self._waiting: list[int] = []  # samples that had no backward pass yet
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ddg_gpu.boundaries import Boundary, boundaries
 from ddg_gpu.execute import LocalTransport, Transport, timeline
 from ddg_gpu.messages import message_buffer
+from ddg_gpu.options import USUAL, StageOptions
 from ddg_gpu.session import Session
-from ddg_gpu.stage import Stage, StageOptions
+from ddg_gpu.stage import Stage
 from ddg_gpu.step import OptimizerFactory
 from ddg_gpu.transport import GlooTransport
 from ddg_gpu.value import Value, members
@@ -67,7 +68,7 @@ class Trainer:
     >>> x, y = torch.randn(16, 4), torch.randint(2, (16,))
     >>> trainer.step(x, y).step
     0
-    >>> trainer.flush()
+    >>> rest = trainer.flush()
     >>> accuracy = trainer.evaluate([(x, y)])
     """
 
@@ -82,7 +83,7 @@ class Trainer:
         timeout: float = 120.0,
         seed: int = 0,
         heads: Sequence[nn.Module] | None = None,
-        options: StageOptions = StageOptions(),
+        options: StageOptions = USUAL,
     ) -> None:
         if len(modules) != schedule.num_stages:
             raise ValueError(
@@ -206,6 +207,39 @@ class Trainer:
             dist.broadcast(shared, self.schedule.worker_of(self.schedule.num_stages - 1))
             total = float(shared)
         return total / count
+
+    @property
+    def iteration(self) -> int:
+        """How many steps were made."""
+        return self._session.iteration
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that this process holds, samples in flight included.
+
+        It consists of tensors and plain values, so that ``torch.load(…, weights_only=True)`` reads
+        it. The tensors are the trainer's own: save or copy them before the next step. Samples in
+        flight need ``StageOptions(restorable=True)``, or a `flush` before.
+
+        Raises:
+            RuntimeError: if the stages do not keep what this needs.
+            PeerLostError: if another process is gone, or does not answer in time.
+        """
+        fed = {sample: list(pair) for sample, pair in self._fed.items()}
+        return {"schedule": str(self.schedule), "session": self._session.state(), "fed": fed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave in a process with the same stages; before any step.
+
+        Raises:
+            ValueError: if it is of another schedule.
+        """
+        if state["schedule"] != str(self.schedule):
+            raise ValueError(
+                f"state is of another schedule than {self.schedule.method} on"
+                f" {self.schedule.num_stages} stages: {state['schedule'].splitlines()[0]}"
+            )
+        self._fed = {sample: (pair[0], pair[1]) for sample, pair in state["fed"].items()}
+        self._session.restore(state["session"])
 
     @property
     def timeline(self) -> Timeline:

@@ -106,9 +106,6 @@ def run_workers(
         stop = total
         if snapshots is not None:
             stop = min(total, (session.iteration // snapshots.every + 1) * snapshots.every)
-        if session.iteration == session.begun:
-            flushed_next = snapshots is not None and snapshots.flush
-            session.begin((stop if flushed_next else total) - session.iteration)
         session.advance(stop)
         if snapshots is not None:
             if snapshots.flush:
@@ -196,7 +193,7 @@ def _restore(
     position = snapshot.values["position"]
     if all(snapshot.description.get(name) == about[name] for name in _OF_THE_CUT):
         state = _trees(snapshot, [f"stage {index}" for index in stages])
-        session.restore({"position": position, **state}, total - position["before"][1])
+        session.restore({"position": position, **state})
         return
     if not position["flushed"]:
         raise CheckpointError(

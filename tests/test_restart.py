@@ -181,10 +181,9 @@ def test_a_fault_ends_the_run_soon_and_it_goes_on_bit_for_bit(
         "timeout": 3.0,
     }
     task = partial(dying_task, how, kind, at)
-    start = time.monotonic()
     with pytest.raises(WorkerError, match="worker"):
         run_together(task, 3, given, timeout=3.0)
-    assert time.monotonic() - start < LIMIT
+    assert time.time() - (tmp_path / "marker").stat().st_mtime < LIMIT
     found = newest(at.folder)
     assert found is not None
     assert read(found).iteration == 6
@@ -251,9 +250,12 @@ def test_a_full_disk_ends_the_command_with_one_line(tmp_path: Path) -> None:
         *("train", "ddg", "--stages", "2", "--model", "mlp", "--iterations", "6"),
         *("--checkpoints", str(tmp_path), "--every", "3"),
     )
-    found = ddg(*words, env={**os.environ, "DDG_TEST": "1"}, preexec_fn=_small_files)
+    found = ddg(*words, preexec_fn=_small_files)
     assert found.returncode == 2
-    assert "iteration-3: cannot be written: File too large" in " ".join(found.stderr.split())
+    assert (
+        "iteration-3: cannot be written: a file could not be written whole: is the disk full?"
+        in " ".join(found.stderr.split())
+    )
     assert "Traceback" not in found.stderr
     assert list(tmp_path.iterdir()) == []
 
