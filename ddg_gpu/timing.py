@@ -148,6 +148,7 @@ class _Passes:
                 tensor.mul_(1e-3)
         self._samples = self._updates = 0
         self._waiting: list[int] = []  # samples that had no backward pass yet
+        self._due: list[int] = []  # samples that had, and were not used for an update
 
     def run(self, kind: OpKind, count: int = 1) -> float:
         """Run so many operations; returns their seconds."""
@@ -160,16 +161,17 @@ class _Passes:
             elif kind is OpKind.RECOMPUTE:
                 self._stage.recompute(self._op(kind, self._waiting[-1]))
             elif kind is OpKind.BACKWARD:
-                self._stage.backward(self._op(kind, self._waiting.pop()), self._error)
+                self._due.append(self._waiting.pop())
+                self._stage.backward(self._op(kind, self._due[-1]), self._error)
             else:
                 self._updates += 1
-                self._stage.update(self._op(kind, self._samples))
+                self._stage.update(self._op(kind, self._due.pop()))
         return perf_counter() - start
 
     def finish(self) -> None:
-        """Run the backward passes that are due, and an update."""
+        """Run the backward passes and updates that are due."""
         self.run(OpKind.BACKWARD, len(self._waiting))
-        self.run(OpKind.UPDATE)
+        self.run(OpKind.UPDATE, len(self._due))
 
     def _op(self, kind: OpKind, sample: int) -> Op:
         return Op(kind, self._rank, sample, sample, self._updates)
@@ -185,7 +187,8 @@ def _stage_times(job: Job, rank: int, given: dict[str, Any], _report: Report) ->
     """
     iterations = given.pop("iterations")
     dataset = Dataset(**given)
-    bp = replace(job, method="bp", sync=None, semantics=None, options={})
+    # The stand-ins are no data to learn from: with a usual learning rate the loss may overflow.
+    bp = replace(job, method="bp", sync=None, semantics=None, options={}, learning_rate=1e-12)
     passes = _Passes(bp, dataset, rank)
     replay = _Passes(replace(bp, method="ddg", semantics=Semantics.REPLAY), dataset, rank)
     found: dict[OpKind, list[float]] = defaultdict(list)
