@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -220,6 +220,8 @@ def _alone(job: Job, rank: int, dataset: Dataset, pace: Callable[[Op], None]) ->
     """A worker of a job, with made-up messages; ``pace`` is called before every operation."""
     schedule, parts = job.schedule(), network(job, dataset)
     batches = Batches(dataset, job.batch_size, job.seed)
+    # Made-up activations are no data to learn from: with a usual rate the loss may overflow.
+    job = replace(job, learning_rate=1e-12)
     stages = {
         index: make_stage(job, schedule, parts, index)
         for index in range(schedule.num_stages)
