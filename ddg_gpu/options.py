@@ -111,6 +111,11 @@ def _refuse_options(schedule: Schedule, stage: int, options: StageOptions) -> No
             f"{name}: non_finite='skip' cannot tell which samples a bad activation has met:"
             " take 'raise'"
         )
+    if options.precision is not None and rule.activations is Activations.RECONSTRUCT:
+        raise ScheduleError(
+            f"{name}: activations cannot be reconstructed at precision {options.precision}, whose"
+            " rounding they would carry from layer to layer: take float32"
+        )
     # Under autocast a graph keeps its own copies of the weights, in the lower precision: those that
     # the forward pass has read, whatever is written over the weights afterwards.
     rewritten = not stashed and rule.activations is not Activations.INPUT

@@ -184,8 +184,6 @@ class Stage:
         """
         sample = self._flight.samples[op.sample]
         self._read_again(op, sample)
-        sample.buffers = None  # it reads those of now
-        self._note_reading(sample, graph=True)
         self._run.again(sample)
 
     def backward(self, op: Op, error: Value | None = None) -> Value | None:
@@ -359,10 +357,12 @@ class Stage:
         return op.version if self.tied_to is None else self._store.newest
 
     def _read_again(self, op: Op, sample: InFlight) -> None:
-        """Take the weights that a second forward pass reads."""
+        """Take the weights and buffers that a second forward pass reads."""
         version = sample.version if self._stashes else self._reads(op)
         sample.weights = self._store.again(sample.version, version)
         sample.version = version
+        sample.buffers = None  # it reads those of now
+        self._note_reading(sample, graph=True)
 
     def _reconstruct(self, op: Op, sample: InFlight, received: Value | None) -> Value | None:
         """Run a sample forward again, on the input that follows from its output.

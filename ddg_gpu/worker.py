@@ -22,6 +22,7 @@ from ddg_gpu.stage import Stage
 from ddg_gpu.state import Tree, flatten, nest
 from ddg_gpu.value import Value
 from ddg_sim.lowering import Message
+from ddg_sim.rule import TransformKind
 from ddg_sim.schedule import Op, Schedule
 
 #: Makes a transport: from the schedule, and what makes empty values for messages.
@@ -150,6 +151,7 @@ def describe(job: Job, dataset: Dataset, parts: Network) -> dict[str, Any]:
         "milestones": list(job.milestones),
         "rate_factor": job.rate_factor,
         "precision": job.precision,
+        "tied": bool(schedule.rule.values(TransformKind.TIED)),
         "schedule": str(schedule),
         "cuts": list(parts.cuts),
     }

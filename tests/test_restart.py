@@ -45,28 +45,39 @@ def trained(*args: Any, **kwargs: Any) -> Run:
     return run
 
 
-TRAINED = [
-    name for name in METHODS if name not in ("petra", "ouroboros", "pd-asgd", "dp", "interleaved")
-]
+#: What a method needs beside the job's usual model and three stages.
+NEEDS: dict[str, dict[str, Any]] = {
+    "interleaved": {"stages": 4},
+    "ddg-replicas": {"method": "ddg", "options": {"replicas": 2}},
+    "petra": {"model": "revnet16", "cuts": (1, 2)},
+    "ouroboros": {"model": "gpt-tiny-tied", "batch_size": 4, "optimizer": "adam"},
+}
+TEXT = load("text")
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [*METHODS, "ddg-replicas"])
 def test_a_resumed_run_equals_an_undisturbed_one(name: str, tmp_path: Path) -> None:
-    whole = trained(job(name, 3), DIGITS)
-    trained(job(name, 3, 6), DIGITS, snapshots=Snapshots(tmp_path, every=4))
-    rest = trained(job(name, 3), DIGITS, snapshots=Snapshots(tmp_path, every=4), resume=True)
+    long = replace(job(name, 3), **NEEDS.get(name, {}))
+    data = TEXT if name == "ouroboros" else DIGITS
+    whole = trained(long, data)
+    at = Snapshots(tmp_path, every=4)
+    trained(replace(long, iterations=6), data, snapshots=at)
+    rest = trained(long, data, snapshots=at, resume=True)
     assert rest.weights_sha256 == whole.weights_sha256
     assert rest.losses == whole.losses
     # It went on from the snapshot, and did not begin again.
     assert min(op.iteration for _, op in rest.timeline.operations) == 6
 
 
-def test_executors_read_one_anothers_snapshots(tmp_path: Path) -> None:
-    whole = trained(job(), DIGITS)
+@pytest.mark.parametrize("name", ["ddg", "petra", "ouroboros"])
+def test_executors_read_one_anothers_snapshots(name: str, tmp_path: Path) -> None:
+    long = replace(job(name, 3), **NEEDS.get(name, {}))
+    data = TEXT if name == "ouroboros" else DIGITS
+    whole = trained(long, data)
     at = Snapshots(tmp_path, every=3)
-    trained(job(iterations=4), DIGITS, "distributed", snapshots=at)
-    trained(job(iterations=8), DIGITS, snapshots=at, resume=True)
-    last = trained(job(), DIGITS, "distributed", snapshots=at, resume=True)
+    trained(replace(long, iterations=4), data, "distributed", snapshots=at)
+    trained(replace(long, iterations=8), data, snapshots=at, resume=True)
+    last = trained(long, data, "distributed", snapshots=at, resume=True)
     assert last.weights_sha256 == whole.weights_sha256
 
 
@@ -85,14 +96,33 @@ def test_optimizers_and_schedules_go_on(more: dict[str, Any], tmp_path: Path) ->
     assert rest.weights_sha256 == whole.weights_sha256
 
 
-def test_after_a_flush_other_stages_and_another_method_go_on(tmp_path: Path) -> None:
-    """Without delay, flushes change nothing: so bp on 3 stages after bp on 1 is bp on 1."""
-    whole = trained(job("bp", 1), DIGITS)
+@pytest.mark.parametrize(
+    ("name", "parts"), [("bp", {}), ("gpipe", {"micro_batches": 2}), ("dp", {"replicas": 2})]
+)
+def test_after_a_flush_other_stages_and_another_method_go_on(
+    name: str, parts: dict[str, object], tmp_path: Path
+) -> None:
+    """Without delay, flushes change nothing: so bp on 3 stages after bp on 1 is bp on 1.
+
+    Two micro-batches, or the mini-batches of two replicas, are the same samples.
+    """
+    whole = trained(job(name, 1, options=parts), DIGITS)
     at = Snapshots(tmp_path, every=3, flush=True)
-    trained(job("bp", 1, 5), DIGITS, snapshots=at)
-    trained(job("bp", 3, 8), DIGITS, snapshots=at, resume=True)
-    rest = trained(job("gpipe", 2, options={"micro_batches": 1}), DIGITS, snapshots=at, resume=True)
+    trained(job(name, 1, 5, options=parts), DIGITS, snapshots=at)
+    trained(job(name, 3, 8, options=parts), DIGITS, snapshots=at, resume=True)
+    other = job("gpipe", 2, options={"micro_batches": 2 if parts else 1})
+    rest = trained(other, DIGITS, snapshots=at, resume=True)
     assert rest.weights_sha256 == whole.weights_sha256
+
+
+def test_two_optimizers_of_one_weight_are_not_given_to_one(tmp_path: Path) -> None:
+    at = Snapshots(tmp_path, flush=True)
+    tied = replace(job("ouroboros", 2, 3), **NEEDS["ouroboros"])
+    train(tied, TEXT, snapshots=at)
+    with pytest.raises(CheckpointError, match="was made with tied True, this run has False"):
+        train(replace(tied, method="bp", stages=1), TEXT, snapshots=at, resume=True)
+    more = replace(tied, stages=4, iterations=6)
+    assert trained(more, TEXT, snapshots=at, resume=True).iterations == 6
 
 
 def test_flushed_runs_resume_where_they_were_flushed(tmp_path: Path) -> None:
