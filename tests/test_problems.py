@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,6 +76,27 @@ def test_full_gradient_is_the_mean_of_the_samples_gradients(case):
     samples = [np.full(len(w), i) for i in range(problem.num_samples)]
     mean = np.mean([problem.gradients(w, sample) for sample in samples], axis=0)
     np.testing.assert_allclose(problem.full_gradient(w), mean, atol=1e-14)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+@pytest.mark.parametrize("order", ["alternating", "grouped"])
+def test_a_samples_gradient_is_the_sum_of_its_own_terms(samples, order):
+    problem = kuramoto(3, samples)
+    if order == "grouped":  # terms of a sample next to each other: no family has them so
+        e = np.argsort(np.arange(len(problem.rows)) % samples, kind="stable")
+        problem = replace(
+            problem,
+            rows=problem.rows[e],
+            offsets=problem.offsets[e],
+            coefficients=problem.coefficients[:, e],
+        )
+    rng = np.random.default_rng(0)
+    w, drawn = rng.standard_normal((50, len(problem.start))), rng.integers(0, samples, 50)
+    for p, i in enumerate(drawn):
+        expected = np.zeros(len(problem.start))
+        for a, b, c in zip(problem.rows, problem.offsets, problem.coefficients[i], strict=True):
+            expected += c * math.sin(a @ w[p] - b) * a
+        np.testing.assert_allclose(problem.gradients(w, drawn)[p], expected, atol=1e-15, rtol=0)
 
 
 @given(problem_and_points())

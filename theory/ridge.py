@@ -118,8 +118,20 @@ class RidgeSum:
 
     def gradients(self, w: FloatArray, sample: IntArray) -> FloatArray:
         """Return row p = grad f_{sample[p]}(w[p]), shape (P, dim)."""
-        weighted = self.link.slope(self.rows @ w.T, self.offsets[:, None])
-        weighted *= self._by_term.take(sample, axis=1)
+        z, count = self.rows @ w.T, len(sample)
+        weighted = self._by_term.take(sample, axis=1)
+        if not (own := self._own_terms):
+            weighted *= self.link.slope(z, self.offsets[:, None])
+        else:
+            # Links cost most (a sine 10 ns, a product 0.4), so only those of a path's own sample
+            # are evaluated: with e = j n + i, term e of path p is number (j n + i) P + p of z.
+            place = sample * count
+            place += np.arange(count)
+            place = place + np.arange(own)[:, None] * (self.num_samples * count)
+            offsets = self.offsets.reshape(own, -1).take(sample, axis=1)
+            slopes = self.link.slope(z.take(place), offsets)
+            by_sample = weighted.reshape(own, -1, count)  # a view; 0 for other samples' terms
+            by_sample *= slopes[:, None]
         result: FloatArray = self.rows.T @ weighted
         return result.T
 
@@ -132,3 +144,10 @@ class RidgeSum:
     @cached_property
     def _by_term(self) -> FloatArray:
         return np.ascontiguousarray(self.coefficients.T)
+
+    @cached_property
+    def _own_terms(self) -> int:
+        """E/n, if there are n > 1 samples and term e is in sample e mod n alone; otherwise 0."""
+        n, terms = self.coefficients.shape
+        others = np.arange(terms) % n != np.arange(n)[:, None]
+        return terms // n if n > 1 and terms % n == 0 and not self.coefficients[others].any() else 0

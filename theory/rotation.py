@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from theory.chain import Bounds, Replay
+from theory.elementary import tanh
 from theory.protocols import FloatArray
 
 # sup |tanh''| = sup 2 u (1 - u^2), attained at u = tanh = 1/sqrt 3.
@@ -24,7 +25,7 @@ class Rotation:
     def forward(self, cos: FloatArray, sin: FloatArray, h: FloatArray) -> FloatArray:
         """Return tanh(R h), shape (2, P)."""
         turned = _rotate(cos, sin, h)
-        return np.tanh(turned, out=turned)
+        return tanh(turned)
 
     def backward(
         self,
