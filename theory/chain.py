@@ -71,7 +71,7 @@ class Chain:
     >>> from theory.rotation import Rotation
     >>> x = np.array([[0.5, 0.0]])
     >>> chain = Chain("toy", Rotation(), x, np.tanh(x), np.zeros(1))
-    >>> float(chain.value(np.zeros((1, 1)))[0])
+    >>> round(float(chain.value(np.zeros((1, 1)))[0]), 15)
     0.0
     """
 

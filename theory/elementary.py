@@ -1,31 +1,34 @@
-"""Elementary functions in the time of their cheapest ingredient; NumPy's own cost 10 to 14 ns each.
+"""Elementary functions in fewer expensive steps than NumPy's, which cost 10 to 14 ns a number.
 
-To a few roundings, everywhere: the formulas lose no digits and cannot overflow.
+Errors are absolute, below 1e-15: enough where the results are added to numbers of size 1.
 """
 
 import numpy as np
 
 from theory.protocols import FloatArray
 
-#: tanh(20) differs from 1 by less than half a rounding, e^40 is far from overflow.
+#: tanh(20) differs from 1 by less than half a rounding, and e^40 is far from overflow.
 SATURATED = 20.0
 
 
 def tanh(z: FloatArray) -> FloatArray:
-    """Return tanh z, as e/(e + 2) for e = e^(2 z) - 1, which keeps all digits near 0.
+    """Return tanh z = 1 - 2/(1 + e^(2 z)), to 3e-16: the exponential is NumPy's cheapest function.
 
-    >>> tanh(np.array([-1e3, 0.0, 1e-20, 1e3])).tolist()
-    [-1.0, 0.0, 1e-20, 1.0]
+    Digits are lost where |z| is small; expm1 would keep them, for twice the time (it branches).
+
+    >>> tanh(np.array([-1e3, 0.0, 1e3])).tolist()
+    [-1.0, 0.0, 1.0]
     """
     result = np.minimum(z, SATURATED)
     result += result
-    np.expm1(result, out=result)
-    result /= result + 2.0
-    return result
+    np.exp(result, out=result)
+    result += 1.0
+    np.divide(2.0, result, out=result)
+    return np.subtract(1.0, result, out=result)
 
 
 def cos_sin(angle: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return (cos, sin) of an angle in radians, both from t = tan(angle/2).
+    """Return (cos, sin) of an angle in radians, to 4e-16, both from t = tan(angle/2).
 
     cos = 2/(1 + t^2) - 1 and sin = 2 t/(1 + t^2): one call where there would be two.
 
