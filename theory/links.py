@@ -91,7 +91,8 @@ def _cosine_value(z: FloatArray, b: FloatArray) -> FloatArray:
 
 
 def _cosine_slope(z: FloatArray, b: FloatArray) -> FloatArray:
-    return np.sin(z - b)
+    r = z - b
+    return np.sin(r, out=r)
 
 
 COSINE = Link("cosine", _cosine_value, _cosine_slope, 1.0, 1.0)
