@@ -431,6 +431,8 @@ def test_errors_name_argument_and_value():
         make("kuramoto", 0)
     with pytest.raises(ValueError, match="num_samples must be at least 1, got -1"):
         make("kuramoto", 2, -1)
+    with pytest.raises(ValueError, match="num_samples must be at most 2048 with 2 stages.* got 10"):
+        make("kuramoto", 2, 10**8)
     eye, point = np.eye(1), np.zeros(1)
     with pytest.raises(ValueError, match="negative mean"):
         RidgeSum("bad", COSINE, eye, point, -eye, point, (slice(0, 1),))

@@ -154,6 +154,12 @@ def certify(
 
     Raises:
         ValueError: for a problem of another kind.
+
+    >>> from theory.problems import one_sided_cosine
+    >>> report = check("theorem-a", one_sided_cosine(), [1, 0], gamma=0.1, iterations=2)
+    >>> certificate = certify(report, one_sided_cosine(), [1, 0])
+    >>> certificate.delays, certificate.problem.link
+    ([[1, 0]], 'cosine')
     """
     schedule = render(source) if isinstance(source, Schedule) else None
     delays = None if isinstance(source, Schedule) else np.atleast_2d(np.asarray(source)).tolist()
@@ -223,7 +229,18 @@ def recheck(certificate: Certificate) -> tuple[Report, list[str]]:
 
 
 def save(certificate: Certificate, path: str | Path) -> None:
-    """Write the certificate as JSON, whole or not at all. Raises OSError where it cannot."""
+    """Write the certificate as JSON, whole or not at all. Raises OSError where it cannot.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> problem = Named(name="kuramoto", stages=2)
+    >>> report = check("theorem-a", problem.build(), [1, 0], gamma=0.05, iterations=2)
+    >>> certificate = certify(report, problem, [1, 0])
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder, "found.json")
+    ...     save(certificate, path)
+    ...     load(path) == certificate
+    True
+    """
     with replacing(path) as temporary:
         temporary.write_text(certificate.model_dump_json(indent=2) + "\n", encoding="utf-8")
 

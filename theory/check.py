@@ -40,10 +40,10 @@ class Report:
     ``measured`` and ``bound`` are the left and right side. For a statement about steps they are
     those of the step ``step`` (and of the w^t, if given) where left - right is largest.
 
-    ``tightness`` is measured/bound, nan where the bound is not positive.
-    ``nonvacuous``: bound < M and bound < 2 L gap, below which the bound says more than
-    ||grad f||^2 <= M and ||grad f(w^0)||^2 <= 2 L gap do; for a one-step statement: the right
-    side promises a decrease.
+    ``tightness`` is measured/bound, nan where the bound is not positive or a hypothesis fails.
+    ``nonvacuous``: every hypothesis holds, and bound < M and bound < 2 L gap, below which the
+    bound says more than ||grad f||^2 <= M and ||grad f(w^0)||^2 <= 2 L gap do; for a one-step
+    statement: the right side promises a decrease.
     ``failing``: the hypotheses that this input does not meet, each with the reason.
     ``status`` is about the statement in general, ``verdict`` about this input only.
     ``sampling`` is None where all paths were run; else ``interval`` holds the confidence limits of
@@ -141,6 +141,7 @@ def check(
         paths = count_paths(problem.num_samples, iterations, run.samples_per_iteration)
         sides = in_total(statement, constants, gammas, means, paths)
     verdict, reason = _judge(statement, failing, sides)
+    holds = verdict is not Verdict.NOT_APPLICABLE  # else the right side bounds nothing
     if sides.step is not None:
         phase = "warm-up, stages idle" if sides.step < constants.max_delay else "all stages at work"
         reason += f" (worst step t = {sides.step}: {phase})"
@@ -155,11 +156,11 @@ def check(
         failing=failing,
         measured=sides.measured,
         bound=sides.bound,
-        tightness=sides.measured / sides.bound if sides.bound > 0 else math.nan,
+        tightness=sides.measured / sides.bound if holds and sides.bound > 0 else math.nan,
         rounding=sides.rounding,
         verdict=verdict,
         reason=reason,
-        nonvacuous=_nonvacuous(statement, constants, sides.bound),
+        nonvacuous=holds and _nonvacuous(statement, constants, sides.bound),
         paths=sides.paths,
         step=sides.step,
         sampling=sampling,

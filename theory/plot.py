@@ -71,6 +71,10 @@ def frontier(
 
     Raises ValueError for another suffix than .png or .svg, or a method that `theory.rates.rates`
     knows nothing about.
+
+    >>> frontier("frontier.gif")
+    Traceback (most recent call last):
+    ValueError: path ends in '.gif': give one that ends in .png or .svg
     """
     path = picture_path(path)
     figure = empty_figure(6.4, 4.4)
@@ -106,6 +110,10 @@ def bounds(
 
     Raises ValueError for another suffix than .png or .svg, a statement that is not about the
     average, or as `theory.check.check` does.
+
+    >>> bounds("bounds.svg", "kuramoto", 2, 0.05, 6, statements=["lemma1"])  # one step each
+    Traceback (most recent call last):
+    ValueError: statement 'lemma1' cannot be drawn; known about averages: theorem1, theorem2, ...
     """
     path = picture_path(path)
     chosen = _averages(statements)
@@ -150,6 +158,13 @@ def tightness(
     """Draw measured/bound over the number of stages K, of DDG: 1 is a bound that is attained.
 
     Raises ValueError as `bounds` does.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder, "tightness.svg")
+    ...     tightness(path, "kuramoto", 2, 0.05, 4, statements=["theorem-a"])
+    ...     path.stat().st_size > 0
+    True
     """
     path = picture_path(path)
     chosen = _averages(statements)
