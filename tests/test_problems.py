@@ -79,9 +79,14 @@ def test_full_gradient_is_the_mean_of_the_samples_gradients(case):
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3])
-@pytest.mark.parametrize("order", ["alternating", "grouped"])
+@pytest.mark.parametrize("order", ["alternating", "grouped", "weighted", "mirrored"])
 def test_a_samples_gradient_is_the_sum_of_its_own_terms(samples, order):
-    problem = kuramoto(3, samples)
+    problem = kuramoto(3, samples)  # a star, evaluated by differences
+    if order == "weighted":  # a star no more, nor is the next
+        weights = np.linspace(1.0, 2.0, len(problem.rows))
+        problem = replace(problem, coefficients=problem.coefficients * weights)
+    if order == "mirrored":
+        problem = replace(problem, rows=-problem.rows)
     if order == "grouped":  # terms of a sample next to each other: no family has them so
         e = np.argsort(np.arange(len(problem.rows)) % samples, kind="stable")
         problem = replace(

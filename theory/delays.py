@@ -23,8 +23,8 @@ DelayLaw: TypeAlias = Callable[[tuple[int, int, int]], npt.NDArray[np.integer]]
 Step: TypeAlias = Callable[[int, float, FloatArray, FloatArray, FloatArray], None]
 
 #: Paths are taken in groups: long enough that NumPy's fixed time per operation (0.5 us) counts
-#: little, short enough that operands (32 KiB a weight) are still in a core's cache when next used.
-GROUP = 4096
+#: little, short enough that operands (64 KiB a weight) are still in a core's cache when next used.
+GROUP = 8192
 
 
 def delayed(
