@@ -12,9 +12,12 @@ SATURATED = 20.0
 
 
 def tanh(z: FloatArray) -> FloatArray:
-    """Return tanh z = 1 - 2/(1 + e^(2 z)), to 3e-16: the exponential is NumPy's cheapest function.
+    """Return tanh z = 1 - 2/(1 + e^(2 z)), to 3.5e-16: the exponential is NumPy's cheapest function.
 
-    Digits are lost where |z| is small; expm1 would keep them, for twice the time (it branches).
+    Measured against 80-bit numbers at 4 million z: 3.3e-16 at most, for |z| < 0.1 2.2e-16, which
+    there is relative 2.2e-16/|z|. So gradients of the chains of `theory.problems` are exact to
+    3e-16 (states are about 0.5), but chains with inputs of length 1e-6 have 6 to 9 digits only.
+    expm1 would keep all digits, for up to twice the time (it branches).
 
     >>> tanh(np.array([-1e3, 0.0, 1e3])).tolist()
     [-1.0, 0.0, 1.0]
