@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ddg_cli.output import choice, only, output_path, print_line
+from ddg_cli.output import choice, only, output_path, print_line, progress_bar
 
 
 class Picture(Enum):
@@ -65,8 +65,14 @@ def plot(
         draw.region(path)
     elif chosen is Picture.FRONTIER:
         draw.frontier(path, max_stages=stages or 8, momentum=momentum)
-    elif chosen is Picture.BOUNDS:
-        draw.bounds(path, problem, stages or 3, gamma, iterations, num_samples=samples)
     else:
-        draw.tightness(path, problem, stages or 8, gamma, iterations, num_samples=samples)
+        on_problem, largest = (
+            (draw.bounds, stages or 3)
+            if chosen is Picture.BOUNDS
+            else (draw.tightness, stages or 8)
+        )
+        with progress_bar("verify") as progress:
+            on_problem(
+                path, problem, largest, gamma, iterations, num_samples=samples, progress=progress
+            )
     print_line(f"wrote {path}")

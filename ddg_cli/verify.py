@@ -259,16 +259,18 @@ def report_fields(report: Report) -> dict[str, Any]:
 
 def print_report(title: str, found: Report) -> None:
     """Print a report as a table, and the reason of its verdict."""
+    holds = not found.failing
     rows = [
         ["status in general", found.status.value],
         *(["assumes", hypothesis] for hypothesis in found.hypotheses),
         *(["does not hold here", hypothesis] for hypothesis in found.failing),
         ["measured", f"{found.measured:.6g}"],
-        ["bound", f"{found.bound:.6g}"],
+        ["bound" if holds else "right side, which bounds nothing here", f"{found.bound:.6g}"],
         ["rounding", f"{found.rounding:.1g}"],
         ["tightness", "–" if found.tightness != found.tightness else f"{found.tightness:.4g}"],
-        ["bound says something", "yes" if found.nonvacuous else "no (vacuous)"],
     ]
+    if holds:
+        rows.append(["bound says something", "yes" if found.nonvacuous else "no (vacuous)"])
     if found.sampling is None:
         rows.append(["sample paths, all of them", str(found.paths)])
     else:

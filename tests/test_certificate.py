@@ -83,6 +83,40 @@ def test_a_broken_certificate_is_one_line(tmp_path, edit, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rows", [[1.0, 1.0], [1.0]], r"problem.ridge.rows: rows must be equally long"),
+        ("rows", [], r"problem.ridge.rows: rows must be equally long"),
+        ("coefficients", [[], []], r"problem.ridge.coefficients: rows must be .* empty"),
+        ("offsets", ["x"], r"problem.ridge.offsets\[0\]: input should be a valid number"),
+        ("matrix", [[1.0, 0.0], [1.0]], r"problem.quadratic.matrix: rows must be equally long"),
+        ("noise", [], r"problem.quadratic.noise: rows must be equally long"),
+        ("delays", [[1, 0], [1]], r"delays: rows must be equally long"),
+        ("delays", [[]], r"delays: rows must be equally long"),
+        (
+            "delays",
+            [[10**30, 0]],
+            r"delays\[0\]\[0\]: input should be less than 92233",
+        ),
+    ],
+)
+def test_a_wrong_array_is_named(tmp_path, field, value, message):
+    quadratic = field in ("matrix", "noise")
+    path, _ = written(
+        tmp_path,
+        statement="theorem-v" if quadratic else "theorem-a",
+        problem=make("noisy-quadratic", 1) if quadratic else opposed_cosines(),
+        source=[0] if quadratic else [1, 0],
+    )
+    text = json.loads(path.read_text())
+    (text if field == "delays" else text["problem"])[field] = value
+    path.write_text(json.dumps(text))
+    with pytest.raises(CertificateError, match=message) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_certificate_of_what_cannot_run_says_so(tmp_path):
     path, _ = written(tmp_path)
     path.write_text(path.read_text().replace('"cauchy"', '"lasso"'))
@@ -160,11 +194,3 @@ def test_jobs_do_not_change_the_table():
         table(*arguments, alpha=1)
     with pytest.raises(ValueError, match="each name at least one"):
         table(["theorem-v"], ["cauchy"], [])
-
-
-def test_a_delay_beyond_64_bits_is_one_line():
-    named = Named(name="kuramoto", stages=2)
-    report = check("theorem-a", named.build(), [1, 0], 0.01, 3)
-    edited = certify(report, named, [1, 0]).model_copy(update={"delays": [[10**30, 0]]})
-    with pytest.raises(CertificateError, match="the certificate cannot be run: .*int"):
-        recheck(edited)

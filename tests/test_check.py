@@ -288,6 +288,8 @@ def test_large_steps_are_outside_theorem1_but_not_theorem_a():
     assert report.verdict == "NOT APPLICABLE"
     assert report.failing == ("gamma_t L <= 1 for every t (here gamma_0 L = 2.25)",)
     assert report.failing[0] in report.reason
+    assert math.isnan(report.tightness)  # the right side bounds nothing
+    assert not report.nonvacuous
     assert report.measured > 0
     assert check("theorem-a", problem, ddg(2), gamma=2.0, iterations=4).failing == ()
 

@@ -89,8 +89,7 @@ def test_groups_of_paths_change_nothing(form, monkeypatch):
     samples = rng.integers(0, 2, (23, 9))
     lags = (3, 0, 2) if form == "fixed" else rng.integers(0, 6, (9, 3, 23))
     whole = delayed(problem, lags, samples, np.full(9, 0.3)).w
-    monkeypatch.setattr(module, "GROUP_NUMBERS", 0)
-    monkeypatch.setattr(module, "SMALLEST_GROUP", 5)
+    monkeypatch.setattr(module, "GROUP", 5)
     np.testing.assert_allclose(
         delayed(problem, lags, samples, np.full(9, 0.3)).w, whole, atol=1e-15, rtol=0
     )

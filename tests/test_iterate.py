@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from noisy_quadratic import NoisyQuadratic, damping, stability_limit
 
-from ddg_sim.methods import Semantics, bp, ddg
+from ddg_sim.methods import Semantics, bp, ddg, method
 from ddg_sim.rule import Jacobian, Rule
 from ddg_sim.schedule import Schedule, backward, forward, update
+from theory import iterate as module
 from theory.chain import Chain
 from theory.iterate import iterate, snapshot_delays
 from theory.paths import sample_paths
@@ -171,6 +172,22 @@ def test_sharing_beginnings_changes_nothing(random, name, stages):
     for p in (0, 13):
         alone = iterate(ddg(stages), problem, paths[p : p + 1], np.full(5, 0.2))
         np.testing.assert_allclose(together.w[:, p], alone.w[:, 0], atol=1e-15, rtol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("key", ["ddg", "spectrain", "fr"])
+def test_groups_of_paths_change_nothing(key, momentum, monkeypatch):
+    chain, schedule, steps = make("rotation-chain", 3), method(key, 3), np.full(7, 0.3)
+    paths = np.random.default_rng(1).integers(0, 2, (23, 7))
+    whole = iterate(schedule, chain, paths, steps, momentum=momentum)
+    assert len(whole.distinct[0]) == 1
+    monkeypatch.setattr(module, "GROUP", 5)
+    groups = iterate(schedule, chain, paths, steps, momentum=momentum)
+    assert [len(rows) for rows in groups.distinct] == [23] * 8
+    np.testing.assert_allclose(groups.w, whole.w, atol=1e-15, rtol=0)
+    # Not where beginnings are shared: every group would compute them again.
+    every = iterate(schedule, chain, sample_paths(2, 7, 0, 2**7), steps, momentum=momentum)
+    assert len(every.distinct[0]) == 1
 
 
 def test_micro_batches_are_averaged():

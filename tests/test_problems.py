@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,6 +76,32 @@ def test_full_gradient_is_the_mean_of_the_samples_gradients(case):
     samples = [np.full(len(w), i) for i in range(problem.num_samples)]
     mean = np.mean([problem.gradients(w, sample) for sample in samples], axis=0)
     np.testing.assert_allclose(problem.full_gradient(w), mean, atol=1e-14)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+@pytest.mark.parametrize("order", ["alternating", "grouped", "weighted", "mirrored"])
+def test_a_samples_gradient_is_the_sum_of_its_own_terms(samples, order):
+    problem = kuramoto(3, samples)  # a star, evaluated by differences
+    if order == "weighted":  # a star no more, nor is the next
+        weights = np.linspace(1.0, 2.0, len(problem.rows))
+        problem = replace(problem, coefficients=problem.coefficients * weights)
+    if order == "mirrored":
+        problem = replace(problem, rows=-problem.rows)
+    if order == "grouped":  # terms of a sample next to each other: no family has them so
+        e = np.argsort(np.arange(len(problem.rows)) % samples, kind="stable")
+        problem = replace(
+            problem,
+            rows=problem.rows[e],
+            offsets=problem.offsets[e],
+            coefficients=problem.coefficients[:, e],
+        )
+    rng = np.random.default_rng(0)
+    w, drawn = rng.standard_normal((50, len(problem.start))), rng.integers(0, samples, 50)
+    for p, i in enumerate(drawn):
+        expected = np.zeros(len(problem.start))
+        for a, b, c in zip(problem.rows, problem.offsets, problem.coefficients[i], strict=True):
+            expected += c * math.sin(a @ w[p] - b) * a
+        np.testing.assert_allclose(problem.gradients(w, drawn)[p], expected, atol=1e-15, rtol=0)
 
 
 @given(problem_and_points())
@@ -409,6 +436,8 @@ def test_errors_name_argument_and_value():
         make("kuramoto", 0)
     with pytest.raises(ValueError, match="num_samples must be at least 1, got -1"):
         make("kuramoto", 2, -1)
+    with pytest.raises(ValueError, match="num_samples must be at most 2048 with 2 stages.* got 10"):
+        make("kuramoto", 2, 10**8)
     eye, point = np.eye(1), np.zeros(1)
     with pytest.raises(ValueError, match="negative mean"):
         RidgeSum("bad", COSINE, eye, point, -eye, point, (slice(0, 1),))

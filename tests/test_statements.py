@@ -233,7 +233,7 @@ def test_constants_that_are_five_percent_wrong_are_caught(claim, shown):
 
 def test_an_M_too_small_for_one_path_is_caught_by_random_paths(monkeypatch):
     # ||grad f||^2 = 2 at the start, whatever E||grad f_i||^2 may be on the paths probed before.
-    monkeypatch.setattr("theory.check._require_claims", lambda problem, means: None)
+    monkeypatch.setattr("theory.sides.require_claims", lambda problem, means: None)
     problem = Claiming(opposed_cosines(), M=1.9)
     with pytest.raises(ValueError, match=r"M = 1.9, but \|\|grad f\|\|\^2 = 2"):
         check("theorem-a", problem, ddg(2), 1e-3, 1, monte_carlo=MonteCarlo(always=True))

@@ -147,3 +147,13 @@ def test_a_name_given_twice_is_checked_once(ddg):
     words = "--problems kuramoto,kuramoto --statements theorem-d,theorem-d --stages 1,1 --json"
     code, out, _ = ddg(f"verify table {words}")
     assert (code, len(json.loads(out)["cells"])) == (0, 2)
+
+
+@pytest.mark.parametrize(("picture", "points"), [(plot.tightness, 2), (plot.bounds, 2 + 3 + 9)])
+def test_pictures_report_their_progress(tmp_path, picture, points):
+    calls = []
+    picture(
+        tmp_path / "p.svg", "kuramoto", 2, 0.05, 3, ["theorem-a", "theorem1"],
+        progress=lambda done, total: calls.append((done, total)),
+    )  # fmt: skip
+    assert calls == [(i + 1, 2 * points) for i in range(2 * points)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ddg_sim.files import read_text, replacing
 from ddg_sim.notation import parse, render
@@ -20,15 +20,24 @@ from theory.protocols import Problem
 from theory.quadratic import NoisyQuadratic
 from theory.ridge import RidgeSum
 
+Item = TypeVar("Item")
+
 
 class CertificateError(ValueError):
     """A certificate that is missing, broken or cannot be run; one line with path and field."""
 
 
+def _rectangle(rows: list[list[Item]]) -> list[list[Item]]:
+    if len({len(row) for row in rows}) != 1 or not rows[0]:
+        raise ValueError("rows must be equally long, and neither they nor their list empty")
+    return rows
+
+
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Vector = list[Number]
-Matrix = list[Vector]
-Count = Annotated[int, Field(ge=0, strict=True)]
+Matrix = Annotated[list[Vector], AfterValidator(_rectangle)]
+Delays = Annotated[list[list[Count]], AfterValidator(_rectangle)]
 
 
 class _Strict(BaseModel):
@@ -125,7 +134,7 @@ class Certificate(_Strict):
     statement: str
     problem: Annotated[Named | Ridge | Quadratic, Field(discriminator="kind")]
     schedule: str | None
-    delays: list[list[Count]] | None
+    delays: Delays | None
     momentum: Number
     gamma: Number
     iterations: Annotated[int, Field(ge=1, strict=True)]
@@ -154,6 +163,12 @@ def certify(
 
     Raises:
         ValueError: for a problem of another kind.
+
+    >>> from theory.problems import one_sided_cosine
+    >>> report = check("theorem-a", one_sided_cosine(), [1, 0], gamma=0.1, iterations=2)
+    >>> certificate = certify(report, one_sided_cosine(), [1, 0])
+    >>> certificate.delays, certificate.problem.link
+    ([[1, 0]], 'cosine')
     """
     schedule = render(source) if isinstance(source, Schedule) else None
     delays = None if isinstance(source, Schedule) else np.atleast_2d(np.asarray(source)).tolist()
@@ -223,7 +238,18 @@ def recheck(certificate: Certificate) -> tuple[Report, list[str]]:
 
 
 def save(certificate: Certificate, path: str | Path) -> None:
-    """Write the certificate as JSON, whole or not at all. Raises OSError where it cannot."""
+    """Write the certificate as JSON, whole or not at all. Raises OSError where it cannot.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> problem = Named(name="kuramoto", stages=2)
+    >>> report = check("theorem-a", problem.build(), [1, 0], gamma=0.05, iterations=2)
+    >>> certificate = certify(report, problem, [1, 0])
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder, "found.json")
+    ...     save(certificate, path)
+    ...     load(path) == certificate
+    True
+    """
     with replacing(path) as temporary:
         temporary.write_text(certificate.model_dump_json(indent=2) + "\n", encoding="utf-8")
 

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from theory.elementary import cos_sin
 from theory.protocols import FloatArray, IntArray
 
 
@@ -70,7 +71,7 @@ class Chain:
     >>> from theory.rotation import Rotation
     >>> x = np.array([[0.5, 0.0]])
     >>> chain = Chain("toy", Rotation(), x, np.tanh(x), np.zeros(1))
-    >>> float(chain.value(np.zeros((1, 1)))[0])
+    >>> round(float(chain.value(np.zeros((1, 1)))[0]), 15)
     0.0
     """
 
@@ -179,7 +180,7 @@ class Chain:
         ``stage`` is 0-based and unused: the stages differ in their weight only.
         """
         angle = w_k[:, 0]
-        return self.layer.forward(np.cos(angle), np.sin(angle), h.T).T
+        return self.layer.forward(*cos_sin(angle), h.T).T
 
     def backward(
         self, stage: int, w_k: FloatArray, h_in: FloatArray, h_out: FloatArray, delta: FloatArray
@@ -190,7 +191,7 @@ class Chain:
         stash = everything from the forward; current = w_k new, h_in and h_out from the forward
         (a retained graph whose weights moved); replay = w_k new and h_out = forward(w_k, h_in).
         """
-        cos, sin = np.cos(w_k[:, 0]), np.sin(w_k[:, 0])
+        cos, sin = cos_sin(w_k[:, 0])
         slope, before = self.layer.backward(cos, sin, h_in.T, h_out.T, delta.T)
         return slope[:, None], before.T
 
@@ -200,7 +201,7 @@ class Chain:
         Raises ValueError where the layer's outputs do not reach h.
         """
         angle = w_k[:, 0]
-        return self.layer.inverse(np.cos(angle), np.sin(angle), h.T).T
+        return self.layer.inverse(*cos_sin(angle), h.T).T
 
     def loss_gradient(self, h: FloatArray, sample: IntArray) -> FloatArray:
         """Return h - y, the gradient of the loss at the output h, shape (P, 2)."""
@@ -208,7 +209,7 @@ class Chain:
 
     def value(self, w: FloatArray) -> FloatArray:
         """Return f(w), shape (P,), for w of shape (P, K)."""
-        cos, sin = np.cos(w.T), np.sin(w.T)
+        cos, sin = cos_sin(w.T)
         total = np.zeros(len(w))
         for x, y in zip(self.h_0, self.targets, strict=True):
             h = np.repeat(x[:, None], len(w), axis=1)
@@ -220,7 +221,7 @@ class Chain:
     def gradients(self, w: FloatArray, sample: IntArray) -> FloatArray:
         """Return row p = grad f_{sample[p]}(w[p]), shape (P, K)."""
         angles = w.T
-        cos, sin = np.cos(angles), np.sin(angles)
+        cos, sin = cos_sin(angles)
         states = [self.h_0.T.take(sample, axis=1)]
         for k in range(len(self.start)):
             states.append(self.layer.forward(cos[k], sin[k], states[k]))

@@ -6,7 +6,8 @@ Every delay refers to a gradient of the past, and every sample has one: it is co
 at the tick whose weights it is taken at, and kept in a ring as long as a delay may ask for it.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -18,9 +19,12 @@ from theory.protocols import FloatArray, IntArray, Problem
 #: Given (T, K, P), returns the delays of stage k in tick t on path p, of that shape.
 DelayLaw: TypeAlias = Callable[[tuple[int, int, int]], npt.NDArray[np.integer]]
 
-#: Paths are taken in groups whose ring and temporaries (64-bit numbers) stay in a core's cache.
-GROUP_NUMBERS = 2**16
-SMALLEST_GROUP = 128
+#: What a tick does: (t, gamma_t, gradients (dim, P), w^t, where w^{t+1} goes).
+Step: TypeAlias = Callable[[int, float, FloatArray, FloatArray, FloatArray], None]
+
+#: Paths are taken in groups: long enough that NumPy's fixed time per operation (0.5 us) counts
+#: little, short enough that operands (64 KiB a weight) are still in a core's cache when next used.
+GROUP = 8192
 
 
 def delayed(
@@ -61,12 +65,11 @@ def delayed(
     lags = _require_delays(delays, shape)
     # One array (T + 1, dim, P) and not P rows: a weight's numbers for all paths lie together.
     weights = np.empty((len(gammas) + 1, len(problem.start), len(samples)))
-    group = _group_size(len(problem.start), int(lags.max()), len(samples))
-    for first in range(0, len(samples), group):
-        part = slice(first, first + group)
+    weights[0] = problem.start[:, None]
+    for first in range(0, len(samples), GROUP):
+        part = slice(first, first + GROUP)
         mine = lags[:, :, part] if lags.ndim == 3 else lags
-        for tick, w in enumerate(_ticks(problem, mine, samples[part], gammas, momentum)):
-            weights[tick, :, part] = w
+        _run(problem, mine, samples[part], gammas, momentum, weights[:, :, part])
     return Trajectory(tuple(w.T for w in weights), num_paths=len(samples))
 
 
@@ -84,44 +87,75 @@ def uniform_delays(longest: int, seed: int) -> DelayLaw:
     return lambda shape: np.random.default_rng(seed).integers(0, longest + 1, shape)
 
 
-def _ticks(
-    problem: Problem, delays: IntArray, paths: IntArray, gammas: FloatArray, beta: float
-) -> Iterator[FloatArray]:
-    """Yield w^0, ..., w^T, each (dim, P); the array is used again for the next."""
-    blocks, count = problem.blocks, len(paths)
-    w = np.repeat(problem.start[:, None], count, axis=1)
-    scratch = np.empty_like(w)
-    # A power of two: slots are found without a division.
-    size = 1 << min(int(delays.max()), len(gammas) - 1).bit_length()
-    ring = np.zeros((size, *w.shape))
-    flat, slots = ring.reshape(-1), size - 1
-    runs = [_runs(row, blocks) for row in delays] if delays.ndim == 2 else []
+def _run(
+    problem: Problem,
+    delays: IntArray,
+    paths: IntArray,
+    gammas: FloatArray,
+    beta: float,
+    weights: FloatArray,
+) -> None:
+    """Write w^1, ..., w^T into ``weights``, (T + 1, dim, P), which begins with w^0."""
     draws = np.ascontiguousarray(paths.T)
-    lane = np.arange(count)
-    velocity = np.zeros_like(w)
-    yield w
+    if delays.ndim == 2:
+        step = _common_delays(delays, problem.blocks)
+    else:
+        step = _own_delays(delays, problem.blocks)
+    velocity = np.zeros_like(weights[0]) if beta else None
     for t, gamma in enumerate(gammas):
-        before = w.copy() if beta else w
-        ring[t & slots] = problem.gradients(w.T, draws[t]).T
-        for delay, block in runs[t] if runs else ():
+        w, new = weights[t], weights[t + 1]
+        step(t, gamma, problem.gradients(w.T, draws[t]).T, w, new)
+        if velocity is not None:
+            new -= gamma * beta * velocity
+            velocity = (w - new) / gamma
+
+
+def _common_delays(delays: IntArray, blocks: tuple[slice, ...]) -> Step:
+    """Return what a tick does where all paths have the same delays, (T, K)."""
+    past: deque[FloatArray] = deque(maxlen=int(delays.max()) + 1)
+    runs = [_runs(row, blocks) for row in delays]
+
+    def step(t: int, gamma: float, gradient: FloatArray, w: FloatArray, new: FloatArray) -> None:
+        past.append(gradient)
+        for delay, block in runs[t]:
             if delay <= t:
-                part = scratch[block]
-                np.multiply(ring[(t - delay) & slots, block], gamma, out=part)
-                w[block] -= part
-        for k, block in enumerate(blocks) if not runs else ():
-            delay = delays[t, k].astype(np.int64)
-            place = ((t - delay) & slots) * w.size
-            place += lane
-            steps = gamma * (delay <= t) if t <= slots else gamma
+                # Straight into the trajectory: it is the only copy of the weights.
+                np.multiply(past[-1 - delay][block], gamma, out=new[block])
+                np.subtract(w[block], new[block], out=new[block])
+            else:
+                new[block] = w[block]
+
+    return step
+
+
+def _own_delays(delays: IntArray, blocks: tuple[slice, ...]) -> Step:
+    """Return what a tick does where every path has delays of its own, (T, K, P)."""
+    ticks, _, count = delays.shape
+    # A power of two: slots are found without a division.
+    size = 1 << min(int(delays.max()), ticks - 1).bit_length()
+    # A weight's past numbers lie together: one index finds them in the block's every weight.
+    ring = np.zeros((blocks[-1].stop, size, count))
+    flat = ring.reshape(len(ring), -1)
+    lane, place = np.arange(count), np.empty(count, dtype=np.int64)
+
+    def step(t: int, gamma: float, gradient: FloatArray, w: FloatArray, new: FloatArray) -> None:
+        ring[:, t & (size - 1)] = gradient
+        for k, block in enumerate(blocks):
+            np.subtract(t, delays[t, k], out=place)
+            idle = place < 0 if t < size else None
+            np.bitwise_and(place, size - 1, out=place)
+            np.multiply(place, count, out=place)
+            np.add(place, lane, out=place)
             for j in range(block.start, block.stop):
-                part = scratch[j]
-                flat.take(place + j * count, out=part, mode="clip")
-                part *= steps
-                w[j] -= part
-        if beta:
-            w -= gamma * beta * velocity
-            velocity = (before - w) / gamma
-        yield w
+                part = new[j]
+                # The mode is for speed: checked indices would be gathered in a copy.
+                flat[j].take(place, out=part, mode="clip")
+                part *= gamma
+                if idle is not None:
+                    part[idle] = 0.0
+                np.subtract(w[j], part, out=part)
+
+    return step
 
 
 def _runs(delays: IntArray, blocks: tuple[slice, ...]) -> list[tuple[int, slice]]:
@@ -132,10 +166,6 @@ def _runs(delays: IntArray, blocks: tuple[slice, ...]) -> list[tuple[int, slice]
             block = slice(found.pop()[1].start, block.stop)
         found.append((delay, block))
     return found
-
-
-def _group_size(dim: int, longest: int, paths: int) -> int:
-    return min(paths, max(SMALLEST_GROUP, GROUP_NUMBERS // (dim * (min(longest, 32) + 4))))
 
 
 def _require_delays(delays: npt.ArrayLike | DelayLaw, shape: tuple[int, int, int]) -> IntArray:

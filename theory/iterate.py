@@ -18,6 +18,10 @@ from theory.protocols import FloatArray, IntArray, Problem
 from theory.rows import align, columns, spread
 from theory.weights import StageWeights, Version, require_meaning, tied_stages
 
+#: Paths that share no beginning are taken in groups, as in `theory.delays`: what an operation makes
+#: is still in a core's cache when used, and its memory is used again. Fewer, and Python counts.
+GROUP = 8192
+
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
@@ -69,7 +73,7 @@ def iterate(
     Returns:
         The trajectory, ``w`` of shape (T + 1, P, dim). What neighbouring paths share (a common
         beginning) is computed once, so enumerating all n^T paths in lexicographic order costs
-        about n^T steps, not T n^T.
+        about n^T steps, not T n^T. Many paths that share none have a row each from w^0 on.
 
     Raises:
         ValueError: if shapes or values disagree (the message names the argument), if it needs
@@ -87,36 +91,21 @@ def iterate(
     samples = _validate(schedule, problem, np.asarray(paths), gammas)
     if not 0.0 <= momentum < 1.0:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-    draws, rule, tied = columns(samples), schedule.rule, tied_stages(schedule)
-    engines = [
-        engine_for(problem, rule, draws[r :: schedule.replicas]) for r in range(schedule.replicas)
-    ]
-    stages = [
-        StageWeights(k, rule, gammas, momentum, [Version(start)])
-        for k, start in enumerate(_starts(problem, tied))
-    ]
-    done: set[tuple[OpKind, int, int]] = set()
-    for op in _data_driven(schedule, len(gammas), done, stages):
-        stage = stages[op.stage]
-        if op.kind is OpKind.UPDATE:
-            made = stage.apply(op)
-            if tied and op.stage in tied:
-                stages[sum(tied) - op.stage].share(made, op.iteration)
-        elif op.kind is OpKind.ALL_REDUCE:
-            stage.reduce(op)
-        else:
-            w_k = stage.read(op)
-            for engine in engines:
-                if op.kind in (OpKind.FORWARD, OpKind.RECOMPUTE):
-                    engine.forward(op, w_k)
-                elif (gradient := engine.backward(op, w_k)) is not None:
-                    stage.pending.setdefault(op.sample, []).append(gradient)
-        done.add((op.kind, op.stage, op.sample))
-    ticks = range(len(gammas) + 1)
-    return Trajectory(
-        tuple(np.concatenate(align(*(k.at(tick) for k in stages)), axis=1) for tick in ticks),
-        num_paths=len(samples),
-    )
+    if len(samples) <= GROUP or len(columns(samples[:, :1])[0]) < len(samples):
+        stages = _run(schedule, problem, samples, gammas, momentum)
+        ticks = range(len(gammas) + 1)
+        return Trajectory(
+            tuple(np.concatenate(align(*(k.at(tick) for k in stages)), axis=1) for tick in ticks),
+            num_paths=len(samples),
+        )
+    weights = np.empty((len(gammas) + 1, len(problem.start), len(samples)))
+    for first in range(0, len(samples), GROUP):
+        part = slice(first, first + GROUP)
+        stages = _run(schedule, problem, samples[part], gammas, momentum)
+        for tick, w in enumerate(weights):
+            for stage, block in zip(stages, problem.blocks, strict=True):
+                w[block, part] = spread(stage.at(tick), len(samples[part])).T
+    return Trajectory(tuple(w.T for w in weights), num_paths=len(samples))
 
 
 def snapshot_delays(schedule: Schedule, *, replayed: bool = False) -> tuple[int, ...]:
@@ -160,6 +149,38 @@ def snapshot_delays(schedule: Schedule, *, replayed: bool = False) -> tuple[int,
         if len(delays) != 1:
             raise ValueError(f"stage {stage} has no fixed delay: {sorted(delays)}")
     return tuple(delays.pop() for delays in found)
+
+
+def _run(
+    schedule: Schedule, problem: Problem, samples: IntArray, gammas: FloatArray, momentum: float
+) -> list[StageWeights]:
+    """Run the schedule's operations; return the stages with the history of their weights."""
+    draws, rule, tied = columns(samples), schedule.rule, tied_stages(schedule)
+    engines = [
+        engine_for(problem, rule, draws[r :: schedule.replicas]) for r in range(schedule.replicas)
+    ]
+    stages = [
+        StageWeights(k, rule, gammas, momentum, [Version(start)])
+        for k, start in enumerate(_starts(problem, tied))
+    ]
+    done: set[tuple[OpKind, int, int]] = set()
+    for op in _data_driven(schedule, len(gammas), done, stages):
+        stage = stages[op.stage]
+        if op.kind is OpKind.UPDATE:
+            made = stage.apply(op)
+            if tied and op.stage in tied:
+                stages[sum(tied) - op.stage].share(made, op.iteration)
+        elif op.kind is OpKind.ALL_REDUCE:
+            stage.reduce(op)
+        else:
+            w_k = stage.read(op)
+            for engine in engines:
+                if op.kind in (OpKind.FORWARD, OpKind.RECOMPUTE):
+                    engine.forward(op, w_k)
+                elif (gradient := engine.backward(op, w_k)) is not None:
+                    stage.pending.setdefault(op.sample, []).append(gradient)
+        done.add((op.kind, op.stage, op.sample))
+    return stages
 
 
 def _starts(problem: Problem, tied: tuple[int, int] | None) -> list[FloatArray]:

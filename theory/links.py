@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit
 
+from theory.elementary import tanh
 from theory.protocols import FloatArray
 
 Scalar = Callable[[FloatArray, FloatArray], FloatArray]
@@ -18,7 +20,8 @@ Scalar = Callable[[FloatArray, FloatArray], FloatArray]
 class Link:
     """A scalar function rho(z; b) >= 0, and the suprema that certify L and M.
 
-    Both functions take z of shape (E, P) and b of shape (E, 1), and return new arrays (E, P).
+    Both functions take z of shape (E, P) and b of shape (E, 1) or (E, P), and return new arrays
+    (E, P).
     """
 
     name: str
@@ -88,26 +91,20 @@ def _cosine_value(z: FloatArray, b: FloatArray) -> FloatArray:
 
 
 def _cosine_slope(z: FloatArray, b: FloatArray) -> FloatArray:
-    return np.sin(z - b)
+    r = z - b
+    return np.sin(r, out=r)
 
 
 COSINE = Link("cosine", _cosine_value, _cosine_slope, 1.0, 1.0)
 
 
-def _logistic(r: FloatArray) -> FloatArray:
-    """Return p = 1/(1 + e^r), by a form that cannot overflow."""
-    p = np.tanh(0.5 * r)
-    p *= -0.5
-    p += 0.5
+def _sigmoid_value(z: FloatArray, b: FloatArray) -> FloatArray:
+    p: FloatArray = expit(b - z)
     return p
 
 
-def _sigmoid_value(z: FloatArray, b: FloatArray) -> FloatArray:
-    return _logistic(z - b)
-
-
 def _sigmoid_slope(z: FloatArray, b: FloatArray) -> FloatArray:
-    p = _logistic(z - b)
+    p: FloatArray = expit(b - z)
     p *= p - 1.0
     return p
 
@@ -123,7 +120,8 @@ def _log_loss_value(z: FloatArray, b: FloatArray) -> FloatArray:
 
 
 def _log_loss_slope(z: FloatArray, b: FloatArray) -> FloatArray:
-    return -_logistic(z - b)
+    p: FloatArray = expit(b - z)
+    return -p
 
 
 # rho = log(1 + e^{-r}): rho' = -p, which tends to -1; rho'' = p (1 - p) <= 1/4, at r = 0.
@@ -131,11 +129,11 @@ LOG_LOSS = Link("log-loss", _log_loss_value, _log_loss_slope, 1.0, 0.25)
 
 
 def _tanh_neuron_value(z: FloatArray, b: FloatArray) -> FloatArray:
-    return 0.5 * np.square(np.tanh(z) - b)
+    return 0.5 * np.square(tanh(z) - b)
 
 
 def _tanh_neuron_slope(z: FloatArray, b: FloatArray) -> FloatArray:
-    u = np.tanh(z)
+    u = tanh(z)
     s = 1.0 - u * u
     u -= b
     s *= u

@@ -175,6 +175,13 @@ def sampled_averages(
     """Return sum_t gamma_t ||grad f(w^t)||^2 / sum_t gamma_t over first <= t < T, (count,).
 
     Each is that of one path drawn at random, so its expectation is the average of the G_t.
+
+    >>> from ddg_sim.methods import bp
+    >>> from theory.motion import motion
+    >>> from theory.problems import one_sided_cosine
+    >>> run, rng = motion(bp(2), iterations=2), np.random.default_rng(0)
+    >>> sampled_averages(run, one_sided_cosine(), [0.1, 0.1], 0, 3, rng).round(6)  # one sample
+    array([0.995017, 0.995017, 0.995017])
     """
     gammas = np.asarray(step_sizes, dtype=np.float64)
     shares = gammas / gammas[first]  # the first is the largest, so that no sum overflows
@@ -215,6 +222,14 @@ def worst_inner_product(motion: Motion, problem: Problem, step_sizes: npt.ArrayL
     independent. Over all sample paths.
 
     Raises ValueError if there are too many paths, or the motion has no fixed delays.
+
+    >>> from ddg_sim.methods import ddg
+    >>> from theory.motion import motion
+    >>> from theory.problems import opposed_cosines
+    >>> start = opposed_cosines((0.25 * np.pi, 0.0))
+    >>> worst = worst_inner_product(motion(ddg(2), iterations=2), start, [0.1, 0.1])
+    >>> worst.t, round(worst.left, 4), round(worst.right, 4)  # they are not independent
+    (1, 0.3082, 0.4588)
     """
     gammas = np.asarray(step_sizes, dtype=np.float64)
     ticks = range(len(gammas))

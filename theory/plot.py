@@ -1,9 +1,9 @@
 """Pictures of what is stable, and of how far the bounds are from what is measured."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,6 +24,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 #: Statements about averages that are drawn unless others are asked for.
 DRAWN = ("theorem1", "theorem-a", "theorem-v", "theorem-d", "c-tau")
+
+Progress: TypeAlias = Callable[[int, int], None]
 
 
 def region(path: str | Path, delays: Sequence[int] = (0, 1, 2, 3, 5, 8)) -> None:
@@ -71,6 +73,10 @@ def frontier(
 
     Raises ValueError for another suffix than .png or .svg, or a method that `theory.rates.rates`
     knows nothing about.
+
+    >>> frontier("frontier.gif")
+    Traceback (most recent call last):
+    ValueError: path ends in '.gif': give one that ends in .png or .svg
     """
     path = picture_path(path)
     figure = empty_figure(6.4, 4.4)
@@ -96,16 +102,22 @@ def bounds(
     iterations: int,
     statements: Sequence[str] = DRAWN,
     num_samples: int = 2,
+    progress: Progress | None = None,
 ) -> None:
     """Draw E||grad f||^2, averaged, and the bounds on it over T, K and gamma, of DDG.
 
     Each panel varies one argument around the given ones; every point is exact or a confidence
     statement (see `theory.check.check`). Bounds are drawn where their hypotheses hold; with
     ``num_samples`` = 1 also those that need full gradients. Above the line "trivial" a bound says
-    less than ||grad f||^2 <= M and ||grad f(w^0)||^2 <= 2 L gap do.
+    less than ||grad f||^2 <= M and ||grad f(w^0)||^2 <= 2 L gap do. ``progress`` is called with
+    the checks done and all checks.
 
     Raises ValueError for another suffix than .png or .svg, a statement that is not about the
     average, or as `theory.check.check` does.
+
+    >>> bounds("bounds.svg", "kuramoto", 2, 0.05, 6, statements=["lemma1"])  # one step each
+    Traceback (most recent call last):
+    ValueError: statement 'lemma1' cannot be drawn; known about averages: theorem1, theorem2, ...
     """
     path = picture_path(path)
     chosen = _averages(statements)
@@ -122,8 +134,10 @@ def bounds(
         ),
         ("learning rate γ", [*map(float, steps)], [(stages, float(g), iterations) for g in steps]),
     ]
+    every = [point for _, _, points in panels for point in points]
+    reports = iter(_reports(problem, num_samples, chosen, every, progress))
     for axis, (label, places, points) in zip(axes, panels, strict=True):
-        runs = [_reports(problem, num_samples, chosen, *point) for point in points]
+        runs = [next(reports) for _ in points]
         trivial = [_trivial(problem, k, num_samples) for k, _, _ in points]
         _bounds_panel(axis, places, runs, trivial)
         axis.set_xlabel(label)
@@ -146,15 +160,24 @@ def tightness(
     iterations: int,
     statements: Sequence[str] = DRAWN,
     num_samples: int = 2,
+    progress: Progress | None = None,
 ) -> None:
     """Draw measured/bound over the number of stages K, of DDG: 1 is a bound that is attained.
 
-    Raises ValueError as `bounds` does.
+    ``progress`` is called with the checks done and all checks. Raises ValueError as `bounds` does.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder, "tightness.svg")
+    ...     tightness(path, "kuramoto", 2, 0.05, 4, statements=["theorem-a"])
+    ...     path.stat().st_size > 0
+    True
     """
     path = picture_path(path)
     chosen = _averages(statements)
     counts = list(range(1, max_stages + 1))
-    runs = [_reports(problem, num_samples, chosen, k, gamma, max(iterations, k)) for k in counts]
+    points = [(k, gamma, max(iterations, k)) for k in counts]
+    runs = _reports(problem, num_samples, chosen, points, progress)
     figure = empty_figure(6.4, 4.4)
     axes = figure.subplots()
     for index, key in enumerate(chosen):
@@ -189,12 +212,20 @@ def _reports(
     problem: str,
     num_samples: int,
     statements: list[str],
-    stages: int,
-    gamma: float,
-    iterations: int,
-) -> dict[str, Report]:
-    made, schedule = make(problem, stages, num_samples), methods.ddg(stages)
-    return {key: check(key, made, schedule, gamma, iterations) for key in statements}
+    points: list[tuple[int, float, int]],
+    progress: Progress | None,
+) -> list[dict[str, Report]]:
+    """Check the statements at every (K, gamma, T)."""
+    found: list[dict[str, Report]] = []
+    for stages, gamma, iterations in points:
+        made, schedule = make(problem, stages, num_samples), methods.ddg(stages)
+        found.append({})
+        for key in statements:
+            found[-1][key] = check(key, made, schedule, gamma, iterations)
+            if progress is not None:
+                done = (len(found) - 1) * len(statements) + len(found[-1])
+                progress(done, len(points) * len(statements))
+    return found
 
 
 def _trivial(problem: str, stages: int, num_samples: int) -> float:

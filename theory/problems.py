@@ -44,11 +44,15 @@ __all__ = [
 ]
 
 
+#: All samples' terms: matrices of that many rows and columns take 0.5 GB.
+MAX_TERMS = 8192
+
+
 def make(name: str, num_stages: int, num_samples: int = 2, seed: int = 0) -> Problem:
     """Return the named problem with ``num_stages`` blocks and ``num_samples`` samples.
 
-    Raises ValueError if the name is unknown (the message lists the names), or if
-    ``num_stages`` or ``num_samples`` is below 1.
+    Raises ValueError if the name is unknown (the message lists the names), if ``num_stages`` or
+    ``num_samples`` is below 1, or if there would be more than MAX_TERMS terms.
 
     >>> make("kuramoto", num_stages=2).name
     'kuramoto'
@@ -61,6 +65,12 @@ def make(name: str, num_stages: int, num_samples: int = 2, seed: int = 0) -> Pro
     for argument, count in (("num_stages", num_stages), ("num_samples", num_samples)):
         if count < 1:
             raise ValueError(f"{argument} must be at least 1, got {count}")
+    terms = max(4, num_stages)  # of a sample, at most: Kuramoto's
+    if num_samples * terms > MAX_TERMS:
+        raise ValueError(
+            f"num_samples must be at most {MAX_TERMS // terms} with {num_stages} stages, for "
+            f"problems hold matrices of as many rows and columns as terms; got {num_samples}"
+        )
     return PROBLEMS[name](num_stages, num_samples, seed)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from theory.chain import Bounds, Replay
+from theory.elementary import tanh
 from theory.protocols import FloatArray
 from theory.rotation import SUP_TANH_CURVATURE
 
@@ -29,7 +30,7 @@ class Coupling:
         """Return (v, u + a sin(w) tanh(v)), shape (2, P)."""
         out = np.empty(h.shape)
         out[0] = h[1]
-        np.tanh(h[1], out=out[1])
+        out[1] = tanh(h[1])
         out[1] *= sin
         out[1] *= self.strength
         out[1] += h[0]
@@ -48,7 +49,7 @@ class Coupling:
         tanh(v) is computed again from the input: h_out = u + a sin(w) tanh(v) holds it only where
         sin(w) is not 0.
         """
-        bent = np.tanh(h_in[1])
+        bent = tanh(h_in[1])
         pull = self.strength * delta[1]
         before = np.empty(h_in.shape)
         before[0] = delta[1]
@@ -63,7 +64,7 @@ class Coupling:
         """Return (h_2 - a sin(w) tanh(h_1), h_1), shape (2, P)."""
         before = np.empty(h.shape)
         before[1] = h[0]
-        np.subtract(h[1], self.strength * sin * np.tanh(h[0]), out=before[0])
+        np.subtract(h[1], self.strength * sin * tanh(h[0]), out=before[0])
         return before
 
     def bounds(self, radius: float, stages: int) -> Bounds:

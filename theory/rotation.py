@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from theory.chain import Bounds, Replay
+from theory.elementary import tanh
 from theory.protocols import FloatArray
 
 # sup |tanh''| = sup 2 u (1 - u^2), attained at u = tanh = 1/sqrt 3.
@@ -24,7 +25,7 @@ class Rotation:
     def forward(self, cos: FloatArray, sin: FloatArray, h: FloatArray) -> FloatArray:
         """Return tanh(R h), shape (2, P)."""
         turned = _rotate(cos, sin, h)
-        return np.tanh(turned, out=turned)
+        return tanh(turned)
 
     def backward(
         self,
@@ -38,7 +39,7 @@ class Rotation:
         inner = h_out * h_out
         np.subtract(1.0, inner, out=inner)
         inner *= delta
-        before = _rotate(cos, -sin, inner)
+        before = _rotate_back(cos, sin, inner)
         # R'(w) h is R(w) h turned by a right angle, and delta . R' h is (R^T delta) . (h turned).
         slope = before[1] * h_in[0]
         slope -= before[0] * h_in[1]
@@ -51,7 +52,7 @@ class Rotation:
         """
         if not np.abs(h).max() < 1.0:
             raise ValueError("h cannot be reconstructed: tanh stays below 1; take smaller steps")
-        return _rotate(cos, -sin, np.arctanh(h))
+        return _rotate_back(cos, sin, np.arctanh(h))
 
     def bounds(self, radius: float, stages: int) -> Bounds:
         """Return r, p_K = r sqrt K and q_K: q_k = s r^2 k + lambda_max[[r, p], [p, q]]_{k-1}.
@@ -82,4 +83,14 @@ def _rotate(cos: FloatArray, sin: FloatArray, h: FloatArray) -> FloatArray:
     turned[0] -= sin * h[1]
     np.multiply(sin, h[0], out=turned[1])
     turned[1] += cos * h[1]
+    return turned
+
+
+def _rotate_back(cos: FloatArray, sin: FloatArray, h: FloatArray) -> FloatArray:
+    """Return R(-angle[p]) h[:, p] for every column p."""
+    turned = np.empty(h.shape)
+    np.multiply(cos, h[0], out=turned[0])
+    turned[0] += sin * h[1]
+    np.multiply(cos, h[1], out=turned[1])
+    turned[1] -= sin * h[0]
     return turned

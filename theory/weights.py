@@ -19,7 +19,7 @@ class Version:
     """Weights after a number of updates, shape (rows, block)."""
 
     weights: FloatArray
-    #: v of the update that made them; None before the first one.
+    #: v of the update that made them; None before the first one, and where nothing will read it.
     direction: FloatArray | None = None
     #: The mean of past updates, for `TransformKind.DISCREPANCY`.
     drift: FloatArray | None = None
@@ -87,7 +87,7 @@ class StageWeights:
         gamma = self._rate(update)
         before, step = align(newest.weights, step)
         weights: FloatArray = before - gamma * step
-        made = Version(weights, v, self._drift(newest, -gamma * step))
+        made = Version(weights, v if self._extrapolates else None, self._drift(newest, gamma, step))
         self.versions.append(made)
         self.history.append((update.iteration, weights))
         return weights
@@ -100,6 +100,12 @@ class StageWeights:
     def at(self, tick: int) -> FloatArray:
         """Return the weights at the start of ``tick``."""
         return self.history[bisect_left(self.history, tick, key=lambda event: event[0]) - 1][1]
+
+    @property
+    def _extrapolates(self) -> bool:
+        """Whether anything will read the directions: they take as much memory as the weights."""
+        predicts = (TransformKind.PREDICT_FORWARD, TransformKind.PREDICT_BACKWARD)
+        return self.momentum > 0.0 or any(map(self._number, predicts))
 
     def _up_to(self, op: Op) -> list[int]:
         return [sample for sample in sorted(self.pending) if sample <= op.sample]
@@ -123,10 +129,11 @@ class StageWeights:
             gamma /= float(values[1 + self.stage] ** (1.0 - done))
         return gamma
 
-    def _drift(self, newest: Version, change: FloatArray) -> FloatArray | None:
+    def _drift(self, newest: Version, gamma: float, step: FloatArray) -> FloatArray | None:
         values = self.rule.values(TransformKind.DISCREPANCY)
         if not values:
             return None
+        change = -gamma * step
         decay = float(values[0] ** (1.0 / values[1 + self.stage]))
         if newest.drift is None:
             return (1.0 - decay) * change
