@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ddg_cli import training
+from ddg_cli import training, validation
 from ddg_cli.output import print_json, print_line, progress_bar
 
 
@@ -18,7 +18,7 @@ def demo(
     ),
     model: training.Model = "resnet20",
     iterations: Annotated[int, typer.Option(min=1, help="Mini-batches per run.")] = 60,
-    rounds: training.Rounds = 6,
+    rounds: validation.Rounds = 6,
     batch_size: training.BatchSize = 64,
     json: training.Json = False,
 ) -> None:
@@ -49,7 +49,7 @@ def demo(
 
     output.mkdir(exist_ok=True)
     profile.write(output / "profile.json")
-    training.write_pictures(found, output / "trace.json", output / "timelines.png")
+    validation.write_pictures(found, output / "trace.json", output / "timelines.png")
     loss_curves(
         {item.name: (item.run.losses, item.measured_period) for item in found},
         output / "losses.png",
@@ -57,7 +57,7 @@ def demo(
     result: dict[str, Any] = {
         "model": model,
         "data": dataset.name,
-        "methods": training.comparison_rows(found),
+        "methods": validation.comparison_rows(found),
         "verified": {
             "statement": checked.statement,
             "problem": checked.problem,
@@ -73,8 +73,8 @@ def demo(
     if json:
         print_json({**result, "report": str(output)})
         return
-    training.print_profile(profile)
-    training.print_comparison(found)
+    validation.print_profile(profile)
+    validation.print_comparison(found)
     print_line(
         f"{checked.statement} on {checked.problem}: average ‖∇f‖² {checked.measured:.4g}"
         f" ≤ {checked.bound:.4g}, {checked.verdict.value} over all {checked.paths} sample paths"

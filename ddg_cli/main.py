@@ -11,7 +11,18 @@ from typing import Annotated
 
 import typer
 
-from ddg_cli import anchors, demo, pictures, plan, rate, search, simulate, training, verify
+from ddg_cli import (
+    anchors,
+    demo,
+    pictures,
+    plan,
+    rate,
+    search,
+    simulate,
+    training,
+    validation,
+    verify,
+)
 from ddg_cli.output import ERRORS, print_line
 
 # Typer's own base class of wrong usage has no public name.
@@ -49,9 +60,9 @@ verify.app.command("rate")(rate.rate)
 verify.app.command("plot")(pictures.plot)
 verify.app.command("search")(search.search)
 app.add_typer(verify.app, name="verify")
-app.command("profile")(training.profile)
+app.command("profile")(validation.profile)
 app.command("train")(training.train)
-app.command("validate")(training.validate)
+app.command("validate")(validation.validate)
 app.command("anchors")(anchors.anchors)
 app.command("demo")(demo.demo)
 

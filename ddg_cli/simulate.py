@@ -23,6 +23,7 @@ from ddg_cli.output import (
 
 if TYPE_CHECKING:
     from ddg_sim.contention import Contention
+    from ddg_sim.costs import Costs
     from ddg_sim.schedule import Schedule
     from ddg_sim.whatif import Change
 
@@ -160,9 +161,17 @@ def simulate(
     what_if: Annotated[
         bool, typer.Option("--what-if", help="Say which single changes would help most.")
     ] = False,
+    cores: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cores that all workers share. [default: one for each]"),
+    ] = None,
     engine: Annotated[
-        str, typer.Option(help="des: SimPy plays the run. cycle: exact max-plus evaluation.")
-    ] = "cycle",
+        str | None,
+        typer.Option(
+            help="des: SimPy plays the run. cycle: exact max-plus evaluation. [default: cycle;"
+            " des where workers share cores]"
+        ),
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Write a Chrome trace, which Perfetto opens.")
     ] = None,
@@ -179,6 +188,7 @@ def simulate(
     from ddg_sim import methods
     from ddg_sim.contention import contended
     from ddg_sim.costs import costs
+    from ddg_sim.eventgraph import shares_cores
     from ddg_sim.folding import fold
     from ddg_sim.network import Network
     from ddg_sim.predict import predict
@@ -207,27 +217,30 @@ def simulate(
     factors = {"jitter": jitter, "slowdown": slowdown, "all_reduce": all_reduce}
     chosen, varied = _parsed(given), _parsed(factors)
     contention: Contention | None = None
+    before: Costs | None = None
     if profile is not None:
         if chosen:
             option = next(iter(chosen)).replace("_", "-")
             raise ValueError(f"--{option} and --profile exclude each other")
         measured = read(profile)
-        prices, contention = measured.costs(), measured.contention
+        prices, before = measured.costs(schedule), measured.costs()
+        contention = measured.contention
         if vary:
-            prices = measured.varying_costs()
+            prices, before = measured.varying_costs(schedule), measured.varying_costs()
         if prices.num_stages != stages:
             raise ValueError(
                 f"--stages {stages}: the profile {profile} has {prices.num_stages} stages"
             )
         even = costs(stages, **varied)
-        prices = replace(
-            prices, jitter=even.jitter, slowdown=even.slowdown, all_reduce=even.all_reduce
+        prices, before = (
+            replace(each, jitter=even.jitter, slowdown=even.slowdown, all_reduce=even.all_reduce)
+            for each in (prices, before)
         )
     else:
         if vary:
             raise ValueError("--vary needs a --profile, whose samples it draws from")
         prices = costs(stages, **chosen, **varied)
-    prices = replace(prices, network=Network(blocking=blocking))
+    prices = replace(prices, network=Network(blocking=blocking), cores=cores)
     per_iteration = sum(map(len, schedule.workers))
     if iterations is None:
         iterations = min(max(100, 4 * stages), max(1, QUICK // per_iteration))
@@ -236,7 +249,9 @@ def simulate(
             f"--iterations {iterations}: that is {iterations * per_iteration:,} operations to"
             f" simulate: give at most {LARGEST // per_iteration}"
         )
-    found = predict(schedule, prices, iterations, engine, contention, precision, seed)
+    if engine is None:
+        engine = "des" if shares_cores(schedule, prices) else "cycle"
+    found = predict(schedule, prices, iterations, engine, contention, precision, seed, before)
     slowed = prices if contention is None else contended(schedule, prices, contention)
     changes: list[Change] = []
     if what_if:

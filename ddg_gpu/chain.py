@@ -113,12 +113,12 @@ def trainable(chain: Chain, most: int, may_share: bool = False) -> list[int]:
     """Layers at which a stage may begin, so that all parts between have something to train.
 
     What has nothing to train stays with what comes before it, or with the first that has. Tied
-    layers, and those between them, stay together.
+    layers, and those between them, stay together, unless stages may share what they train.
 
     Args:
         chain: the layers.
         most: tensors that may cross at once.
-        may_share: whether tied layers may be on different stages all the same.
+        may_share: see there.
 
     >>> linear = nn.Linear(2, 2)
     >>> trainable(SequentialChain(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), linear, linear)), 1)

@@ -124,6 +124,7 @@ class Execution:
         before: what was trained before.
         start: tick from which on to run; what is in flight there comes through `restore`.
         watch: called after every operation.
+        pace: called before every operation, with numbers that count from the beginning.
 
     Raises:
         ScheduleError: if stages are tied and share no parameter.
@@ -140,8 +141,10 @@ class Execution:
         before: Before = NOTHING,
         start: int = 0,
         watch: Watch = lambda op, seconds: None,
+        pace: Callable[[Op], None] = lambda op: None,
     ) -> None:
         self.schedule = schedule
+        self._pace = pace
         self.before = before
         self.tick = start
         self.iterations = iterations
@@ -261,6 +264,7 @@ class Execution:
             for instruction in tick:
                 match instruction:
                     case Op():
+                        self._pace(instruction)
                         begin = perf_counter()
                         op = self._run(instruction)
                         end = perf_counter()

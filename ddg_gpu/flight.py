@@ -43,21 +43,13 @@ class Sum:
     """
 
     count: int = 0
-    total: tuple[Tensor | None, ...] = ()
-
-    def add(self, found: tuple[Tensor | None, ...]) -> None:
-        """Add a sample's gradients."""
-        # Not in place: what autograd returns may also be the error that is on its way.
-        if self.count:
-            pairs = zip(self.total, found, strict=True)
-            found = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
-        self.count, self.total = self.count + 1, found
+    total: list[Tensor | None] = field(default_factory=list)
 
     def mean(self) -> list[Tensor | None]:
-        """Mean over the samples."""
+        """Mean over the samples; the sum is gone then."""
         if self.count == 1:
             return list(self.total)
-        return [None if total is None else total / self.count for total in self.total]
+        return [None if total is None else total.div_(self.count) for total in self.total]
 
 
 @dataclass(slots=True)
@@ -168,7 +160,7 @@ class Flight:
                 number: (found[place], None if error is None else _value(error))
                 for number, (place, error) in state["halves"].items()
             },
-            {number: Sum(count, tuple(total)) for number, (count, total) in state["sums"].items()},
+            {number: Sum(count, list(total)) for number, (count, total) in state["sums"].items()},
             dict(state["losses"]),
         )
 

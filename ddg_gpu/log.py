@@ -25,17 +25,19 @@ class StageLog:
     Args:
         folder: where; made if it is not there.
         stages: the stages of this process, by index.
-        after: updates that there were before. Lines of later ones, which a run wrote that was ended
-            and is now repeated from there, are dropped.
+            Lines of updates that they have not had, which a run wrote that was ended and is now
+            repeated, are dropped.
 
     Raises:
         OSError: if the files cannot be written.
     """
 
-    def __init__(self, folder: Path, stages: Mapping[int, Stage], after: int = 0) -> None:
+    def __init__(self, folder: Path, stages: Mapping[int, Stage]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._stages = stages
-        self._files = {k: _opened(folder / f"stage-{k + 1}.jsonl", after) for k in stages}
+        self._files = {
+            k: _opened(folder / f"stage-{k + 1}.jsonl", s.updates) for k, s in stages.items()
+        }
         self._seconds: dict[int, dict[str, float]] = {k: defaultdict(float) for k in stages}
         self._read: dict[tuple[int, int], int] = {}  # (stage, sample): version
 

@@ -114,6 +114,11 @@ class Stage:
         return self._flight.losses
 
     @property
+    def updates(self) -> int:
+        """How many updates the weights have had; of tied stages, those of both."""
+        return self._store.newest
+
+    @property
     def held(self) -> tuple[int, int]:
         """Samples in flight, and weight versions held, now."""
         return len(self._flight.samples.keys() | self._flight.halves.keys()), self._store.count
@@ -217,24 +222,25 @@ class Stage:
             self._flight.halves[op.sample] = sample, error
         inputs = floating(sample.inputs) if self._sends_error and not second else ()
         weights = [w for w in sample.weights.values() if w.requires_grad and not first]
-        found: tuple[Tensor | None, ...] = ()
-        if not sample.skipped and (weights or inputs):
-            if sample.roots is None:
-                self._run.again(sample)
-            assert sample.roots is not None
-            again = first or self._keeps_newest
-            found = _gradients(sample.roots, error, [*weights, *inputs], again)
+        total = Sum() if first else self._flight.sums.setdefault(self._group(op), Sum())
+        found: list[Tensor | None] = []
+        if not sample.skipped:
+            if weights or inputs:
+                if sample.roots is None:
+                    self._run.again(sample)
+                assert sample.roots is not None
+                # A sample with a loss of its own meets no other one's activations.
+                again = first or (self._keeps_newest and not self.has_loss)
+                found = _gradients(sample.roots, error, weights, inputs, total, again)
+            total.count += 1
         if not first:
-            total = self._flight.sums.setdefault(self._group(op), Sum())
-            if not sample.skipped:
-                total.add(found[: len(weights)])
             self._store.release(sample.version)
         if not inputs:
             return None
         if sample.skipped:
             sent = filled(sample.inputs, math.nan)
         else:
-            own = zip(found[len(weights) :], inputs, strict=True)
+            own = zip(found, inputs, strict=True)
             parts = tuple(torch.zeros_like(x) if part is None else part for part, x in own)
             sent = like(parts, sample.inputs)
         return (inputs[0].detach(), *members(sent)) if self._reconstructs else sent
@@ -420,22 +426,40 @@ class Stage:
 
 
 def _gradients(
-    roots: tuple[Tensor, ...], error: Value | None, leaves: list[Tensor], again: bool
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the leaves, None where the roots do not depend on one.
+    roots: tuple[Tensor, ...],
+    error: Value | None,
+    weights: list[Tensor],
+    inputs: tuple[Tensor, ...],
+    total: Sum,
+    again: bool,
+) -> list[Tensor | None]:
+    """Gradients of a stage's inputs, None where the roots do not depend on one.
+
+    Those of the weights are added to the total weight by weight, as autograd comes to them: so no
+    second set of them is ever there.
 
     Args:
         roots: where the graph ends.
         error: gradients of the roots; None if the only one is a loss.
-        leaves: where gradients are wanted.
+        weights: leaves whose gradients are added.
+        inputs: leaves whose gradients are given back.
+        total: what they are added to.
         again: whether the graph is needed once more.
     """
+    total.total = total.total or [None] * len(weights)
     errors = (None,) * len(roots) if error is None else members(error)
     grown = [pair for pair in zip(roots, errors, strict=True) if pair[0].requires_grad]
-    if not grown or not leaves:
-        return (None,) * len(leaves)
+    if not grown:
+        return [None] * len(inputs)
     outputs, given = zip(*grown, strict=True)
-    return torch.autograd.grad(outputs, leaves, given, retain_graph=again, allow_unused=True)
+    for leaf, own in zip(weights, total.total, strict=True):
+        leaf.grad = own
+    torch.autograd.backward(outputs, given, again, inputs=[*weights, *inputs])
+    total.total = [leaf.grad for leaf in weights]
+    found = [leaf.grad for leaf in inputs]
+    for leaf in (*weights, *inputs):
+        leaf.grad = None
+    return found
 
 
 def tied_stage(schedule: Schedule, stage: int) -> int | None:

@@ -1,20 +1,19 @@
-"""How long operations, messages and barriers take, timed in one process per stage.
+"""How long operations, messages and barriers take, timed in one process per worker.
 
-A pass takes longer after an idle wait than right after another one (7 to 19 % were seen), and
-longer beside other stages' passes than alone. So the stages' processes take turns, pass by pass,
-as backpropagation lets them, and then compute side by side. Nothing is sent between them
-meanwhile; messages are timed apart. No schedule is run, so what is predicted is a prediction.
+A worker's process runs the training loop on the program of the method that is predicted, with the
+method's rule: what a rule costs beyond a plain pass (copies of weights, heads, halves, means of
+gradients, activations that wait in memory) is in its operations. But it runs alone: messages are
+made up, and the others wait for their turn, or run their own programs without a word between
+them. So no schedule is run, and what is predicted is a prediction. Messages and barriers are timed
+apart, in `machine`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -22,302 +21,211 @@ import torch.distributed as dist
 
 from ddg_gpu.data import Batches, Dataset
 from ddg_gpu.distributed import dataset_values
-from ddg_gpu.job import Job, Network, make_stage, network
+from ddg_gpu.execute import CREDIT_SHAPE, Execution
+from ddg_gpu.job import Job, make_stage, network
+from ddg_gpu.machine import available_cores
 from ddg_gpu.messages import message_buffer
 from ddg_gpu.processes import Report, run_together
-from ddg_gpu.value import Value, members
-from ddg_sim.contention import Slowdown
+from ddg_gpu.value import Value, like, members
 from ddg_sim.dependencies import Relation
-from ddg_sim.lowering import Message
-from ddg_sim.methods import Semantics
+from ddg_sim.lowering import Barrier, Message, Receive
 from ddg_sim.schedule import Op, OpKind
 
-#: Mini-batches that are run before anything is timed (allocators and caches settle).
-WARM_UP = 3
-#: Rounds in which passes alone and passes beside others alternate: the machine's speed drifts.
-TURNS = 4
-#: Seconds that each pair of kinds is timed side by side, in each round.
-BESIDE = 0.05
-#: Most passes in one of these; all are kept until their backward pass.
-MOST = 50
-#: Messages per link that are timed, and barriers.
-MESSAGES = 10
-#: Seconds of computing before a message; the waiting core has gone to sleep by then.
-PAUSE = 0.03
-PASSES = (OpKind.FORWARD, OpKind.BACKWARD)
-PAIRS = tuple(product(PASSES, PASSES))
-
-#: Per stage, the seconds of every operation of a kind that was timed.
-Durations = list[dict[OpKind, list[float]]]
+#: Iterations that are run before anything is timed (allocators and caches settle).
+WARM_UP = 2
+#: Turns of each kind while a method's operations are timed: the machine's speed drifts.
+TURNS = 1
+#: Seconds of every operation of a kind that was timed.
+Durations = dict[OpKind, list[float]]
 
 
 @dataclass(frozen=True, slots=True)
-class LinkTimes:
-    """Seconds of one message.
+class StageTimes:
+    """Seconds of one stage's operations.
 
     Args:
-        transfer: from one worker's hands to the other's, beyond what the hosts do for it.
-        host: what a worker's own thread spends on sending one message and receiving one.
+        alone: each right after another one, while the other workers wait.
+        beside: the same while as many others as there are cores for compute, too; where there
+            are no others, as alone.
+        waited: after all others have had an operation, in turns; empty if it was not asked for.
     """
 
-    transfer: float
-    host: float
+    alone: Durations
+    beside: Durations
+    waited: Durations
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """What was timed of a job's stages; seconds.
-
-    Args:
-        durations: per stage and kind, operations alone, after an idle wait.
-        contention: per stage, how many times longer an operation of its own takes while all
-            others run one: own kind, their kind.
-        links: per link.
-        barrier: from the last worker's coming to a barrier until all go on.
-    """
-
-    durations: Durations
-    contention: tuple[Slowdown, ...]
-    links: tuple[LinkTimes, ...]
-    barrier: float
-
-
-def time_job(job: Job, dataset: Dataset, iterations: int) -> Timing:
-    """Time a job's stages, messages and barriers.
+def time_operations(
+    job: Job, dataset: Dataset, samples: int, waits: bool = False
+) -> list[StageTimes]:
+    """Time the operations of a job's method: per stage, alone and beside others.
 
     Args:
-        job: what to time; its method does not matter.
+        job: what to time.
         dataset: the data.
-        iterations: mini-batches to time alone (a quarter as many for the replay).
+        samples: mini-batches, or micro-batches, to time at least, each way.
+        waits: whether to time operations after a wait, too.
 
     Raises:
         ValueError: if the job cannot be run on the data.
         WorkerError: if a process fails.
     """
-    parts = network(job, dataset)
-    given = {**dataset_values(dataset), "iterations": iterations}
-    timed = run_together(partial(_stage_times, job), job.stages, given)
-    links, barrier = _message_times(message_bytes(job, parts))
-    return Timing(
-        [{kind: stage[kind.name] for kind in _TIMED} for stage in timed],
-        tuple(dict(zip(PAIRS, stage["contention"], strict=True)) for stage in timed)
-        if job.stages > 1
-        else ({},),
-        links,
-        barrier,
-    )
+    schedule = job.schedule()
+    given = {**dataset_values(dataset), "samples": samples, "waits": waits}
+    timed = run_together(partial(_operations, job), len(schedule.workers), given)
+    return [
+        StageTimes(
+            *(
+                {OpKind[kind]: seconds for kind, seconds in durations.items()}
+                for durations in of_worker[str(stage)]
+            )
+        )
+        for stage in range(job.stages)
+        for of_worker in timed
+        if str(stage) in of_worker
+    ]
 
 
-def message_bytes(job: Job, parts: Network) -> list[int]:
-    """Bytes of an activation over each link, for a full mini-batch."""
-    values = (_stand_in(job, parts, k, Relation.ACTIVATION) for k in range(job.stages - 1))
-    return [sum(tensor.nbytes for tensor in members(value)) for value in values]
+# --- The operations of a method -----------------------------------------------------------------
 
 
-def _stand_in(job: Job, parts: Network, boundary: int, relation: Relation) -> Value:
-    """What could cross a boundary, for a full mini-batch: normal numbers, zeros for integers."""
-    make = message_buffer(job.schedule(), parts.boundaries, lambda sample: job.batch_size)
-    value = make(Message(relation, boundary, boundary + 1, sample=0))
-    for tensor in members(value):
-        if tensor.is_floating_point():
-            tensor.normal_()
-        else:
-            tensor.zero_()
-    return value
+class _MadeUp:
+    """A transport for a worker that is alone: messages have the right shape, and no sender."""
+
+    def __init__(self, buffer: Callable[[Message], Value]) -> None:
+        self._buffer = buffer
+        self._known: dict[tuple[Relation, Any], Value] = {}
+
+    def expect(self, messages: Iterator[Message]) -> None:
+        """Nothing will come."""
+
+    def send(self, message: Message, value: Value) -> None:
+        """Throw it away."""
+
+    def ready(self, instruction: Receive | Barrier) -> bool:
+        """Always."""
+        return True
+
+    def receive(self, message: Message) -> Value:
+        """Random numbers of a likely size, the same ones each time, in fresh memory."""
+        if message.relation is Relation.CREDIT:
+            return torch.empty(CREDIT_SHAPE)
+        empty = self._buffer(message)
+        key = message.relation, tuple(tensor.shape for tensor in members(empty))
+        if key not in self._known:
+            scale = 1e-3 if message.relation is Relation.GRADIENT else 1.0
+            self._known[key] = like(
+                tuple(
+                    scale * torch.randn_like(tensor)
+                    if tensor.is_floating_point()
+                    else torch.zeros_like(tensor)
+                    for tensor in members(empty)
+                ),
+                empty,
+            )
+        known = self._known[key]
+        return like(tuple(tensor.clone() for tensor in members(known)), known)
+
+    def peek(self, message: Message) -> Value:
+        """The same."""
+        return self.receive(message)
+
+    def preload(self, messages: Mapping[Message, Value]) -> None:
+        """Nothing was sent earlier."""
+
+    def meet(self, barrier: Barrier) -> None:
+        """Go on."""
+
+    def close(self) -> None:
+        """Nothing is kept."""
 
 
-_TIMED = (*PASSES, OpKind.UPDATE, OpKind.RECOMPUTE)
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Iterations of a program that some workers run at the same time, while the others wait.
 
-
-class _Passes:
-    """One stage that runs operations on stand-ins of the right shapes, and times them."""
-
-    def __init__(self, job: Job, dataset: Dataset, rank: int) -> None:
-        parts = network(job, dataset)
-        batches = Batches(dataset, job.batch_size, job.seed)
-        self._rank = rank
-        self._stage = make_stage(job, job.schedule(), parts, rank)
-        self._inputs: Value = batches.inputs(0)
-        if rank > 0:
-            self._inputs = _stand_in(job, parts, rank - 1, Relation.ACTIVATION)
-        self._targets = batches.targets(0)
-        self._error: Value | None = None
-        if rank < job.stages - 1:
-            self._error = _stand_in(job, parts, rank, Relation.GRADIENT)
-            for tensor in members(self._error):
-                tensor.mul_(1e-3)
-        self._samples = self._updates = 0
-        self._waiting: list[int] = []  # samples that had no backward pass yet
-        self._due: list[int] = []  # samples that had, and were not used for an update
-
-    def run(self, kind: OpKind, count: int = 1) -> float:
-        """Run so many operations; returns their seconds."""
-        start = perf_counter()
-        for _ in range(count):
-            if kind is OpKind.FORWARD:
-                self._stage.forward(self._op(kind, self._samples), self._inputs, self._targets)
-                self._waiting.append(self._samples)
-                self._samples += 1
-            elif kind is OpKind.RECOMPUTE:
-                self._stage.recompute(self._op(kind, self._waiting[-1]))
-            elif kind is OpKind.BACKWARD:
-                self._due.append(self._waiting.pop())
-                self._stage.backward(self._op(kind, self._due[-1]), self._error)
-            else:
-                self._updates += 1
-                self._stage.update(self._op(kind, self._due.pop()))
-        return perf_counter() - start
-
-    def finish(self) -> None:
-        """Run the backward passes and updates that are due."""
-        self.run(OpKind.BACKWARD, len(self._waiting))
-        self.run(OpKind.UPDATE, len(self._due))
-
-    def _op(self, kind: OpKind, sample: int) -> Op:
-        return Op(kind, self._rank, sample, sample, self._updates)
-
-
-def _stage_times(job: Job, rank: int, given: dict[str, Any], _report: Report) -> dict[str, Any]:
-    """Time one stage, in turns with the others and beside them.
-
-    Returns by kind's name the seconds of operations alone, and under "contention", in the order of
-    `PAIRS`, how many times longer its own kind takes beside theirs. Stages with even and odd
-    numbers run all pairs of kinds; with more than two stages, some of the others run one's own
-    kind meanwhile.
+    The first iteration does not count, as its first operation comes after a wait, nor do the last
+    ``extra`` ones: who is beside another must not leave it alone. ``one_by_one``: everybody runs
+    it, but the workers take turns operation by operation.
     """
-    iterations = given.pop("iterations")
-    dataset = Dataset(**given)
-    # The stand-ins are no data to learn from: with a usual learning rate the loss may overflow.
-    bp = replace(job, method="bp", sync=None, semantics=None, options={}, learning_rate=1e-12)
-    passes = _Passes(bp, dataset, rank)
-    replay = _Passes(replace(bp, method="ddg", semantics=Semantics.REPLAY), dataset, rank)
-    found: dict[OpKind, list[float]] = defaultdict(list)
-    beside: dict[tuple[OpKind, OpKind], list[float]] = defaultdict(list)
 
-    def in_turns(passes: _Passes, *order: tuple[OpKind, ...]) -> None:
-        """Each stage runs its operations of the first entry, then of the second, backwards."""
-        there = range(job.stages)
-        for kinds, ranks in zip(order, (there, reversed(there)), strict=True):
-            for turn in ranks:
-                dist.barrier()
-                for kind in kinds if turn == rank else ():
-                    found[kind].append(passes.run(kind))
+    who: frozenset[int]
+    counted: int
+    extra: int = 0
+    one_by_one: bool = False
 
-    for one in (passes, replay):
-        for _ in range(WARM_UP):
-            one.run(OpKind.FORWARD)
-            if one is replay:
-                one.run(OpKind.RECOMPUTE)
-            one.finish()
-    count = {
-        kind: min(MOST, max(1, round(BESIDE / max(passes.run(kind), 1e-6)))) for kind in PASSES
-    }
-    passes.run(OpKind.UPDATE)
-    turns = min(TURNS, iterations)
-    for _ in range(turns):
-        for _ in range(-(-iterations // turns)):
-            in_turns(passes, (OpKind.FORWARD,), (OpKind.BACKWARD, OpKind.UPDATE))
-        for _ in range(-(-iterations // (4 * turns))):
-            replay.run(OpKind.FORWARD)
-            in_turns(replay, (), (OpKind.RECOMPUTE,))
-            replay.finish()
-        for even, odd in PAIRS if job.stages > 1 else ():
-            own, other = (even, odd) if rank % 2 == 0 else (odd, even)
-            beside[own, other].append(_beside(passes, own, count[own]))
-    alone = {kind: median(found[kind]) for kind in PASSES}
-    return {
-        **{kind.name: found[kind] for kind in _TIMED},
-        "contention": [
-            max(1.0, median(beside[own, other]) / alone[own]) if beside else 1.0
-            for own, other in PAIRS
-        ],
-    }
+    @property
+    def iterations(self) -> int:
+        return 1 + self.counted + self.extra
 
 
-def _beside(passes: _Passes, kind: OpKind, count: int) -> float:
-    """Seconds of one pass while the other processes are here too.
+def _plan(workers: int, counted: int, waits: bool) -> list[_Turn]:
+    """Every worker alone, then beside others, then all in turns operation by operation."""
+    most = min(workers, available_cores())
+    alone = [_Turn(frozenset({worker}), counted) for worker in range(workers)]
+    firsts = range(workers if 1 < most < workers else 1)
+    together = [
+        _Turn(frozenset((first + place) % workers for place in range(most)), counted, extra=1)
+        for first in firsts
+    ]
+    in_turns = [_Turn(frozenset(range(workers)), counted, one_by_one=True)]
+    return TURNS * [*alone, *(together if most > 1 else []), *(in_turns if waits else [])]
 
-    It goes on after what counts: they must not find themselves alone.
-    """
-    whole = 2 * count + 1
-    if kind is OpKind.BACKWARD:
-        passes.run(OpKind.FORWARD, whole)
+
+def _operations(job: Job, rank: int, given: dict[str, Any], _report: Report) -> dict[str, Any]:
+    """By stage, and then as in `StageTimes`, seconds of each operation by its kind's name."""
+    samples, waits = given.pop("samples"), given.pop("waits")
+    schedule = job.schedule()
+    workers, longest = len(schedule.workers), max(map(len, schedule.workers))
+    settled = schedule.num_ticks(0) + WARM_UP
+    plan = _plan(workers, max(1, -(-samples // (TURNS * schedule.samples_per_iteration))), waits)
+    mine = [turn for turn in plan if rank in turn.who]
+    position, one_by_one = 0, False
+
+    def take_turns(op: Op | None) -> None:
+        """Where it goes one by one, wait until this worker may run an operation, or the end."""
+        nonlocal position
+        while one_by_one and (op is not None or position < longest * workers):
+            dist.barrier()
+            position += 1
+            if op is not None and (position - 1) % workers == rank:
+                break
+
+    execution = _alone(job, rank, Dataset(**given), take_turns)
+    execution.advance(settled)
+    for turn in plan:
+        dist.barrier()
+        one_by_one = turn.one_by_one
+        for _ in range(turn.iterations if rank in turn.who else 0):
+            position = 0
+            execution.advance(execution.tick + 1)
+            take_turns(None)
     dist.barrier()
-    seconds = passes.run(kind, count) / count
-    passes.run(kind, whole - count)
-    passes.finish()
-    return seconds
+    found: dict[str, Any] = defaultdict(lambda: [defaultdict(list) for _ in range(3)])
+    numbers: list[int | None] = [None] * settled
+    for turn in mine:
+        way = 2 if turn.one_by_one else int(len(turn.who) > 1)
+        numbers += [None, *[way] * turn.counted, *[None] * turn.extra]
+    for op, start, end in execution.records[rank].spans:
+        measured = numbers[op.iteration]
+        if measured is not None:
+            found[str(op.stage)][measured][op.kind.name].append(end - start)
+    for ways in found.values():
+        if not ways[1]:
+            ways[1] = ways[0]
+    return {stage: [dict(way) for way in ways] for stage, ways in found.items()}
 
 
-def _message_times(sizes: Sequence[int]) -> tuple[tuple[LinkTimes, ...], float]:
-    """Times of a message over each link, and of a barrier, between two idle processes."""
-    if not sizes:
-        return (), 0.0
-    first, second = run_together(_exchange, 2, {"sizes": list(sizes)})
-    links = tuple(
-        LinkTimes(
-            # A short message is there before the sender's call returns.
-            transfer=max(0.0, median(b - a for a, b in zip(sent, received, strict=True))),
-            host=median(sending) + median(receiving),
-        )
-        for sent, received, sending, receiving in zip(
-            first["sent"], second["received"], first["sending"], second["receiving"], strict=True
-        )
-    )
-    both = zip(first["came"], first["left"], second["left"], strict=True)
-    return links, median(max(left) - came for came, *left in both)
-
-
-def _exchange(rank: int, given: dict[str, Any], _report: Report) -> dict[str, Any]:
-    """Send messages from rank 0 to rank 1 as the executor does: the receive is posted ahead.
-
-    The sender computes until it sends. The receiver waits idly, as a worker without work does; in
-    a second round it computes while the message comes, so that only the host's part is left.
-    Times are on the clock that all processes of a machine share.
-    """
-    found: dict[str, Any] = {
-        key: [] for key in ("sent", "sending", "received", "receiving", "came", "left")
+def _alone(job: Job, rank: int, dataset: Dataset, pace: Callable[[Op], None]) -> Execution:
+    """A worker of a job, with made-up messages; ``pace`` is called before every operation."""
+    schedule, parts = job.schedule(), network(job, dataset)
+    batches = Batches(dataset, job.batch_size, job.seed)
+    # Made-up activations are no data to learn from: with a usual rate the loss may overflow.
+    job = replace(job, learning_rate=1e-12)
+    stages = {
+        index: make_stage(job, schedule, parts, index)
+        for index in range(schedule.num_stages)
+        if schedule.worker_of(index) == rank
     }
-    for size in given["sizes"]:
-        peer = 1 - rank
-        for key in ("sent", "sending", "received", "receiving"):
-            found[key].append([])
-        for receiver_computes in (False, True):
-            for _ in range(MESSAGES):
-                tensor = torch.ones(size // 4)  # as in training, of memory just allocated
-                if rank == 0:
-                    dist.barrier()
-                    _spin(PAUSE)
-                    start = perf_counter()
-                    send: Any = dist.isend(tensor, peer)
-                    end = perf_counter()
-                    send.wait()
-                    if not receiver_computes:
-                        found["sent"][-1].append(end)
-                        found["sending"][-1].append(end - start)
-                else:
-                    receive: Any = dist.irecv(tensor, peer)
-                    dist.barrier()  # the receive is posted before anything is sent
-                    if receiver_computes:
-                        _spin(3 * PAUSE)
-                    start = perf_counter()
-                    receive.wait()
-                    end = perf_counter()
-                    if receiver_computes:
-                        found["receiving"][-1].append(end - start)
-                    else:
-                        found["received"][-1].append(end)
-    for _ in range(MESSAGES):
-        dist.barrier()
-        if rank == 0:
-            _spin(PAUSE)  # so it comes last
-        found["came"].append(perf_counter())
-        dist.barrier()
-        found["left"].append(perf_counter())
-    return found
-
-
-def _spin(seconds: float) -> None:
-    end = perf_counter() + seconds
-    while perf_counter() < end:
-        pass
+    transport = _MadeUp(message_buffer(schedule, parts.boundaries, batches.size))
+    return Execution(schedule, [rank], stages, batches, transport, pace=pace)

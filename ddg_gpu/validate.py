@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite
 from statistics import median
+from time import perf_counter
 
 from scipy.stats import quantile_test
 
 from ddg_gpu.data import Dataset
 from ddg_gpu.job import Job
+from ddg_gpu.machine import Timing, available_cores, time_machine
 from ddg_gpu.processes import Progress
-from ddg_gpu.profile import measured_cuts, summarise
-from ddg_gpu.timing import Timing, time_job
+from ddg_gpu.profile import measured_cuts, programs, summarise
+from ddg_gpu.stage import refuse
+from ddg_gpu.timing import StageTimes, time_operations
 from ddg_gpu.train import Run, train
+from ddg_sim.choice import parse_choice
 from ddg_sim.contention import contended
+from ddg_sim.eventgraph import shares_cores
 from ddg_sim.predict import predict
-from ddg_sim.profile import Profile
+from ddg_sim.profile import Profile, program_text
 from ddg_sim.replicate import typical_period
-from ddg_sim.schedule import Sync
 from ddg_sim.timeline import Timeline
 
-#: Mini-batches to time per stage before every round.
-CHUNK = 16
+#: Samples whose operations are timed before every run.
+CHUNK = 6
+#: Fewest iterations of a run from which a period can be told.
+FEWEST = 6
+#: Simulated runs, whose median period is predicted.
+RUNS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,7 @@ class Comparison:
     """A method's predicted and measured speed; seconds per iteration.
 
     Args:
-        name: the method, with its synchronisation mode after a slash where it was chosen.
+        name: the method with its options, as `parse_choice` reads them.
         predicted_period: median period of simulated runs as long as the measured ones, with the
             profile's costs, which vary as its samples do.
         measured_periods: steady-state period of every run.
@@ -73,23 +81,33 @@ class Comparison:
         return self.predicted_period / self.measured_period - 1
 
 
-def parse_method(text: str) -> tuple[str, Sync | None]:
-    """Split ``METHOD`` or ``METHOD/SYNC``.
+def chosen(job: Job, text: str) -> Job:
+    """The same job with a method as `parse_choice` reads it.
+
+    >>> chosen(Job("bp", 2, "mlp", iterations=1), "adl:accumulate=4").options
+    {'accumulate': 4}
+    """
+    choice = parse_choice(text)
+    return replace(
+        job,
+        method=choice.name,
+        sync=choice.sync,
+        semantics=choice.semantics,
+        options=choice.options,
+    )
+
+
+def checked(job: Job, text: str) -> Job:
+    """What `chosen` gives, if the torch backend runs it.
 
     Raises:
-        ValueError: naming an unknown synchronisation mode.
-
-    >>> parse_method("ddg/barrier")
-    ('ddg', <Sync.BARRIER: 'barrier'>)
+        ValueError: for a method, option or value that is unknown or wrong, or is not run here.
     """
-    name, _, sync = text.partition("/")
-    if not sync:
-        return name, None
-    try:
-        return name, Sync(sync)
-    except ValueError:
-        known = ", ".join(mode.value for mode in Sync)
-        raise ValueError(f"unknown sync {sync!r} in method {text!r}; known: {known}") from None
+    own = chosen(job, text)
+    schedule = own.schedule()
+    for stage in range(own.stages):
+        refuse(schedule, stage)
+    return own
 
 
 def compare(
@@ -99,21 +117,27 @@ def compare(
     *,
     profile: Profile | None = None,
     rounds: int = 3,
+    samples: int | None = None,
+    seconds: float = inf,
     timeout: float = 120.0,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Profile, list[Comparison]]:
-    """Predict each method from a profile, and run it with one process per stage.
+    """Predict each method from a profile, and run it with one process per worker.
 
-    The speed of a machine drifts. So the methods take turns, ``rounds`` times, and the stages are
-    timed before every round: prediction and measurement see the same machine. The runs themselves
-    do not enter the profile. Many short rounds tell more than few long ones.
+    The speed of a machine drifts. So the methods take turns, ``rounds`` times, and the operations
+    of each are timed just before its run, the machine before every round: prediction and
+    measurement see the same machine. The runs themselves do not enter the profile. Many short
+    rounds tell more than few long ones. Where there are fewer cores than workers, predictions are
+    for these cores.
 
     Args:
         job: what to train, but for the method.
-        methods: ``METHOD`` or ``METHOD/SYNC``.
+        methods: as `parse_choice` reads them.
         dataset: the data.
         profile: costs measured before; None measures them.
         rounds: runs of each method.
+        samples: mini-batches, or micro-batches, of each run, about; None: ``job.iterations``.
+        seconds: no round is begun that would probably end later than that.
         timeout: seconds that a worker may wait for another.
         progress: called with (samples finished, samples in all).
 
@@ -126,46 +150,66 @@ def compare(
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    jobs = {
-        name: replace(job, method=method, sync=sync)
-        for name, (method, sync) in ((text, parse_method(text)) for text in methods)
-    }
-    for own in jobs.values():
-        own.schedule()  # all names are checked before anything runs
+    jobs = {text: checked(job, text) for text in methods}  # all, before anything runs
+    if samples is not None:
+        for text, own in jobs.items():
+            each = max(FEWEST, -(-samples // own.schedule().samples_per_iteration))
+            jobs[text] = replace(own, iterations=each, epochs=None)
     if profile is not None:
         check_profile(profile, job, dataset.name)
         cuts = tuple(profile.cuts)
     else:
         cuts = job.cuts if job.cuts is not None else measured_cuts(job, dataset, CHUNK)
-    jobs = {name: replace(own, cuts=cuts) for name, own in jobs.items()}
+    job = replace(job, cuts=cuts)
+    jobs = {text: replace(own, cuts=cuts) for text, own in jobs.items()}
+    needed = programs([job, *jobs.values()])
+    plain = next(iter(needed))  # backpropagation
+    first = {program_text(own.schedule()) for own in jobs.values()}
 
+    begin = perf_counter()
     timings: list[Timing] = []
-    runs: dict[str, list[Run]] = {name: [] for name in jobs}
-    turns = [name for _ in range(rounds) for name in jobs]
-    for turn, name in enumerate(turns):
+    operations: dict[str, list[list[StageTimes]]] = defaultdict(list)
+    runs: dict[str, list[Run]] = {text: [] for text in jobs}
+
+    def time(program: str) -> None:
+        found = time_operations(needed[program], dataset, CHUNK, waits=program == plain)
+        operations[program].append(found)
+
+    for turn in range(rounds * len(jobs)):
+        text = list(jobs)[turn % len(jobs)]
+        spent, done_rounds = perf_counter() - begin, turn // len(jobs)
+        if turn % len(jobs) == 0 and spent * (done_rounds + 1) > seconds * done_rounds > 0:
+            break
         if profile is None and turn % len(jobs) == 0:
-            timings.append(time_job(jobs[name], dataset, CHUNK))
+            timings.append(time_machine(job, dataset))
+            for program in [program for program in needed if program not in first]:
+                time(program)
+        if profile is None:
+            time(program_text(jobs[text].schedule()))
 
         def report(done: int, total: int, turn: int = turn) -> None:
-            progress(turn * total + done, len(turns) * total)
+            progress(turn * total + done, rounds * len(jobs) * total)
 
-        run = train(jobs[name], dataset, "distributed", timeout=timeout, progress=report)
+        run = train(jobs[text], dataset, "distributed", timeout=timeout, progress=report)
         if run is None:
             raise ValueError("a comparison starts its own processes: do not run it under torchrun")
-        runs[name].append(run)
+        runs[text].append(run)
     if profile is None:
-        profile = summarise(replace(job, cuts=cuts), dataset, timings)
-    return profile, [_comparison(name, profile, runs[name]) for name in jobs]
+        profile = summarise(job, dataset, timings, operations)
+    return profile, [_comparison(text, profile, runs[text]) for text in jobs]
 
 
 def _comparison(name: str, profile: Profile, runs: Sequence[Run]) -> Comparison:
     schedule, iterations = runs[0].job.schedule(), runs[0].timeline.iterations
-    costs = contended(schedule, profile.varying_costs(), profile.contention)
-    found = predict(schedule, profile.costs(), iterations, contention=profile.contention)
+    cores, contention = available_cores(), profile.contention
+    costs = contended(schedule, profile.varying_costs(schedule, cores), contention)
+    steady = profile.costs(schedule, cores)
+    engine = "des" if shares_cores(schedule, steady) else "cycle"
+    found = predict(schedule, steady, iterations, engine, contention)
     measured = median(run.timeline.period for run in runs)
     return Comparison(
         name,
-        typical_period(schedule, costs, iterations),
+        typical_period(schedule, costs, iterations, runs=RUNS),
         tuple(run.timeline.period for run in runs),
         found.bound_by,
         found.timeline,
@@ -199,13 +243,6 @@ def too_few_cores(workers: int) -> str | None:
         f"only {cores} core{'' if cores == 1 else 's'} for {workers} processes: they take turns,"
         " so a measured speedup means nothing"
     )
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def check_profile(profile: Profile, job: Job, data: str) -> None:

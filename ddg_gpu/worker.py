@@ -102,7 +102,7 @@ def run_workers(
     if start is not None:
         _restore(session, stages, store.read(start), about, total)
     if log is not None:
-        watches.append(StageLog(log, stages, session.iteration))
+        watches.append(StageLog(log, stages))
     while session.iteration < total:
         stop = total
         if snapshots is not None:

@@ -43,6 +43,7 @@ class Costs:
             splits it, per stage, 0 to 1; left out, one half.
         barrier: seconds from the last worker's coming to a barrier until all go on.
         network: how messages travel.
+        cores: cores that all workers share, of all replicas; None: each has one of its own.
 
     Raises:
         ValueError: naming the argument, the value and what to do, for a wrong number of values,
@@ -71,6 +72,7 @@ class Costs:
     input_share: tuple[float, ...] = ()
     barrier: Time = 0.0
     network: Network = FREE
+    cores: int | None = None
 
     def __post_init__(self) -> None:
         stages = len(self.forward)
@@ -86,6 +88,8 @@ class Costs:
         for name in PER_STAGE + PER_LINK:
             _check(name, getattr(self, name), stages)
         _check_time("barrier", self.barrier)
+        if self.cores is not None and self.cores < 1:
+            raise ValueError(f"cores must be at least 1, got {self.cores}")
         for name in (*SECONDS, *PER_LINK):
             if any(isinstance(time, Straggler) for time in getattr(self, name)):
                 raise ValueError(f"{name} is a straggler, which is a factor: give it as jitter")
@@ -196,6 +200,7 @@ def costs(
     gradient_transfer: Seconds | None = None,
     barrier: Time = 0.0,
     network: Network = FREE,
+    cores: int | None = None,
     **others: Seconds,
 ) -> Costs:
     """Costs of ``num_stages`` stages; a single time stands for all stages, or all links.
@@ -213,6 +218,7 @@ def costs(
         gradient_transfer: seconds per link; None takes ``comm``.
         barrier: seconds from the last worker's coming to a barrier until all go on.
         network: how messages travel.
+        cores: cores that all workers share; None: each has one of its own.
         others: the other entries of `Costs` that are per stage: recompute, all_reduce, overhead,
             message, jitter, slowdown, input_share.
 
@@ -236,7 +242,7 @@ def costs(
         # The name of the argument that was given is the one to complain about.
         given = ("comm", comm) if value is None else (name, value)
         found[name] = _broadcast(*given, num_stages - 1, num_stages)
-    return Costs(**found, barrier=barrier, network=network)  # type: ignore[arg-type]
+    return Costs(**found, barrier=barrier, network=network, cores=cores)  # type: ignore[arg-type]
 
 
 def _broadcast(name: str, value: Seconds, count: int, stages: int) -> tuple[Time, ...]:

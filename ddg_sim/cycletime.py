@@ -22,6 +22,7 @@ from ddg_sim.eventgraph import (
     Event,
     EventGraph,
     Integers,
+    check_cores,
     check_stages,
     event_graph,
     state_ticks,
@@ -63,7 +64,8 @@ def evaluate(
     Raises:
         ScheduleError: if, without draining, an operation needs what would be produced only after
             the end.
-        ValueError: if the costs are for another number of stages, or their network has buses.
+        ValueError: if the costs are for another number of stages, their network has buses, or
+            workers share cores.
 
     >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
@@ -71,6 +73,7 @@ def evaluate(
     10.0
     """
     check_stages(schedule, costs)
+    check_cores(schedule, costs)
     graph = event_graph(schedule, costs.network)
     times = durations(graph, costs, iterations, seed, range(run, run + 1))
     ticks = schedule.num_ticks(iterations, drain)
@@ -113,6 +116,7 @@ def completions(
     [4.0, 7.0, 10.0, 13.0]
     """
     check_stages(schedule, costs)
+    check_cores(schedule, costs)
     graph = event_graph(schedule, costs.network)
     times = durations(graph, costs, iterations, seed, runs)
     # A worker has completed an iteration when it has ended the last operation of its loop body.
@@ -238,7 +242,8 @@ def cycle_time(schedule: Schedule, costs: Costs) -> CycleTime:
 
     Raises:
         ScheduleError: if a cycle never gets going (a deadlock, by a blocking network).
-        ValueError: if the costs are for another number of stages, or their network has buses.
+        ValueError: if the costs are for another number of stages, their network has buses, or
+            workers share cores.
 
     >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
@@ -246,6 +251,7 @@ def cycle_time(schedule: Schedule, costs: Costs) -> CycleTime:
     3.0
     """
     check_stages(schedule, costs)
+    check_cores(schedule, costs)
     graph = event_graph(schedule, costs.network)
     seconds = np.array([event.seconds(costs) for event in graph.events])
     cycle = critical_cycle(graph, seconds)

@@ -192,6 +192,46 @@ def check_stages(schedule: Schedule, costs: Costs) -> None:
         )
 
 
+def shares_cores(schedule: Schedule, costs: Costs) -> bool:
+    """Whether there are fewer cores than workers, so that these take turns.
+
+    >>> from ddg_sim.costs import costs
+    >>> from ddg_sim.methods import ddg
+    >>> [shares_cores(ddg(3), costs(3, cores=cores)) for cores in (None, 3, 2)]
+    [False, False, True]
+    """
+    return costs.cores is not None and costs.cores < len(schedule.workers) * schedule.replicas
+
+
+def only_simulated(schedule: Schedule, costs: Costs) -> bool:
+    """Whether what happens first depends on times: where links share a bus, or workers cores.
+
+    Then `cycletime` cannot evaluate it, and `simulate` can.
+    """
+    return bool(costs.network.buses) or shares_cores(schedule, costs)
+
+
+def check_cores(schedule: Schedule, costs: Costs) -> None:
+    """Refuse costs under which workers share cores.
+
+    Raises:
+        ValueError: saying what to do.
+
+    >>> from ddg_sim.costs import costs
+    >>> from ddg_sim.methods import ddg
+    >>> check_cores(ddg(3), costs(3, cores=2))
+    Traceback (most recent call last):
+    ...
+    ValueError: cores is 2 for 3 workers, who then take turns: this can be simulated (engine 'des'), but not evaluated
+    """  # noqa: E501
+    if shares_cores(schedule, costs):
+        workers = len(schedule.workers) * schedule.replicas
+        raise ValueError(
+            f"cores is {costs.cores} for {workers} workers, who then take turns: this can be"
+            " simulated (engine 'des'), but not evaluated"
+        )
+
+
 def _transfer(schedule: Schedule, edge: Dependency) -> Event:
     source = template_at(schedule, edge.source)
     target = template_at(schedule, edge.consumer)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ddg_sim.contention import Contention, contended
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import CycleTime, cycle_time, evaluate
-from ddg_sim.eventgraph import event_graph
+from ddg_sim.eventgraph import event_graph, shares_cores
 from ddg_sim.lowering import StageMemory, memory
 from ddg_sim.methods import bp
 from ddg_sim.replicate import Estimate, estimate, exactly, ratio, replicate
@@ -32,11 +32,13 @@ class Prediction:
         period: steady-state seconds per iteration, with its confidence interval where times vary.
         period_is_exact: whether it is the exact value for costs that do not vary. A simulated run
             ("des") that came to no steady state within `LONGEST` iterations gives the slope of its
-            timeline instead.
+            timeline instead, and so do workers that share cores.
         bp_period: seconds that backpropagation takes for as many samples, with the same stages on
             the same devices.
         speedup: how many times faster than that; None if nothing takes any time.
-        cycle: the critical cycle, with mean times; None where links share a bus.
+        cycle: the critical cycle, with mean times; None where links share a bus. Where workers
+            share cores, it is what would bound them on cores of their own.
+        cores: cores that the workers share, or None.
         utilisation: per worker, fraction of the period in which it computes.
         staleness: per stage, in updates.
         memory: per stage, peak live activations and weight versions.
@@ -50,6 +52,7 @@ class Prediction:
     bp_period: float
     speedup: Estimate | None
     cycle: CycleTime | None
+    cores: int | None
     utilisation: tuple[float, ...]
     staleness: tuple[int, ...]
     memory: tuple[StageMemory, ...]
@@ -65,7 +68,11 @@ class Prediction:
         """In words, what bounds the period."""
         if self.cycle is None:
             return "shared buses decide from run to run what bounds you"
-        return self.cycle.explain()
+        if self.cores is None:
+            return self.cycle.explain()
+        workers = len(self.schedule.workers) * self.schedule.replicas
+        cores = f"{self.cores} core{'' if self.cores == 1 else 's'}"
+        return f"{workers} workers take turns on {cores}; with a core each, {self.cycle.explain()}"
 
 
 def predict(
@@ -76,6 +83,7 @@ def predict(
     contention: Contention | None = None,
     precision: float = 0.01,
     seed: int = 0,
+    before: Costs | None = None,
 ) -> Prediction:
     """Predict period, speedup, utilisation, staleness and memory of a schedule.
 
@@ -91,10 +99,12 @@ def predict(
         precision: half width of the period's 95 % interval that is aimed at, where times vary, as
             a fraction of the period.
         seed: of the draws.
+        before: costs of backpropagation's operations; None: the same. (Where a method's own are
+            other ones, by its rule.)
 
     Raises:
         ValueError: for another engine, ``iterations`` < 1, costs of another number of stages, or
-            shared buses with engine "cycle".
+            shared buses or cores with engine "cycle".
 
     >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
@@ -108,27 +118,28 @@ def predict(
         raise ValueError(f"precision is {precision}: give a positive fraction of the period")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    baseline, baseline_costs = _baseline(schedule), costs
+    baseline, baseline_costs = _baseline(schedule), costs if before is None else before
     if contention is not None:
-        baseline_costs = contended(baseline, costs, contention)
+        baseline_costs = contended(baseline, baseline_costs, contention)
         costs = contended(schedule, costs, contention)
     play = simulate if engine == "des" else evaluate
     timeline = play(schedule, costs, iterations, seed=seed)
-    cycle = None if costs.network.buses else cycle_time(schedule, costs)
+    cycle = None if costs.network.buses else cycle_time(schedule, replace(costs, cores=None))
     samples = schedule.samples_per_iteration * schedule.replicas
     if costs.random:
-        cases = {"this": (schedule, costs), "bp": (baseline, baseline_costs)}
+        cases = {"this": (schedule, costs), "bp": (baseline, replace(baseline_costs, cores=None))}
         found = replicate(cases, STEADY + 2 * schedule.num_ticks(0), precision, seed=seed)
-        period, exact, before = estimate(found["this"]), False, samples * float(found["bp"].mean())
+        period, exact, base = estimate(found["this"]), False, samples * float(found["bp"].mean())
         speedup: Estimate | None = None
         if period.value > 0:
             speedup = ratio(samples * found["bp"], found["this"])
     else:
         value, exact = _period(schedule, costs, engine, timeline)
-        period, before = exactly(value), samples * _bp_period(baseline, baseline_costs)
-        speedup = exactly(before / value) if value > 0 else None
+        period, base = exactly(value), samples * _bp_period(baseline, baseline_costs)
+        speedup = exactly(base / value) if value > 0 else None
     # An estimate may lie below what a worker's own operations take; nobody is busier than always.
     whole = max(period.value, cycle.period if cycle is not None else 0.0)
+    cores = costs.cores if shares_cores(schedule, costs) else None
     busy = [0.0] * len(schedule.workers)
     for event in event_graph(schedule).events:
         if event.node is not None:
@@ -138,9 +149,10 @@ def predict(
         engine,
         period,
         exact,
-        before,
+        base,
         speedup,
         cycle,
+        cores,
         tuple(seconds / whole if whole > 0 else 0.0 for seconds in busy),
         staleness(schedule),
         memory(schedule),
@@ -172,11 +184,12 @@ def _period(
     if engine == "cycle":
         return cycle_time(schedule, costs).period, True
     try:
-        return steady_period(schedule, costs, LONGEST), True
+        return steady_period(schedule, costs, LONGEST), not shares_cores(schedule, costs)
     except SteadyStateError:
         return timeline.period, False
 
 
 def _bp_period(schedule: Schedule, costs: Costs) -> float:
-    """Of backpropagation, whose transfers never overlap: shared buses make no difference."""
-    return cycle_time(schedule, replace(costs, network=replace(costs.network, buses=()))).period
+    """Of backpropagation, where nothing overlaps: shared buses and cores make no difference."""
+    alone = replace(costs, network=replace(costs.network, buses=()), cores=None)
+    return cycle_time(schedule, alone).period

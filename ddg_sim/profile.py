@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -11,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ddg_sim.contention import Slowdown
 from ddg_sim.costs import Costs
 from ddg_sim.files import read_text, replacing
-from ddg_sim.schedule import OpKind
+from ddg_sim.notation import render
+from ddg_sim.schedule import OpKind, Schedule, Sync
 from ddg_sim.times import Samples
 
 
@@ -25,26 +27,35 @@ Kind = Literal["forward", "backward", "update", "recompute"]
 Bytes = Annotated[int, Field(ge=0, strict=True)]
 
 
-class StageProfile(BaseModel):
-    """One stage: seconds per operation on one mini-batch when it computes alone, sizes in bytes.
+class OperationTimes(BaseModel):
+    """One stage: seconds per operation on one mini-batch when it computes alone.
 
-    ``contention`` says how many times longer its operations take while all others compute too:
-    one number, or per kind of its own operation and kind of theirs.
-    ``message`` is what the host spends on each message that the stage sends or receives.
     ``samples`` are measured seconds by kind, around the medians that the other fields hold.
+    ``input_share`` is the part of ``backward`` that its first half takes, where there are two.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: list[str]
     samples: dict[Kind, Annotated[list[Seconds], Field(min_length=1)]] = {}
     forward: Seconds
     backward: Seconds
     update: Seconds
     recompute: Seconds
+    input_share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)] = 0.5
+
+
+class StageProfile(OperationTimes):
+    """One stage: seconds of its operations under backpropagation, sizes in bytes.
+
+    ``contention`` says how many times longer its operations take while all others compute too:
+    one number, or per kind of its own operation and kind of theirs; "wait" after waiting for them.
+    ``message`` is what the host spends on each message that the stage sends or receives.
+    """
+
+    layers: list[str]
     overhead: Seconds
     message: Seconds = 0.0
-    contention: Factor | dict[Kind, dict[Kind, Factor]] = 1.0
+    contention: Factor | dict[Kind, dict[Kind | Literal["wait"], Factor]] = 1.0
     output_bytes: Bytes
     parameter_bytes: Bytes
 
@@ -63,6 +74,8 @@ class Profile(BaseModel):
     """A measured model, cut into stages; ``cuts`` holds the first layer of stages 1..K-1.
 
     ``barrier`` is the seconds from the last worker's coming to a barrier until all go on.
+    ``programs`` holds the operations of other methods, which cost what their rules ask, per stage;
+    the key is `program_text`.
 
     >>> stage = StageProfile(layers=["fc"], forward=0.1, backward=0.2, update=0.01, recompute=0.1,
     ...                      overhead=0.0, output_bytes=40, parameter_bytes=400)
@@ -85,6 +98,7 @@ class Profile(BaseModel):
     stages: Annotated[list[StageProfile], Field(min_length=1)]
     links: list[LinkProfile]
     barrier: Seconds = 0.0
+    programs: dict[str, list[OperationTimes]] = {}
 
     @model_validator(mode="after")
     def _lengths(self) -> Profile:
@@ -94,6 +108,11 @@ class Profile(BaseModel):
                 raise ValueError(
                     f"{name} must have {expected} entries for {len(self.stages)} stages,"
                     f" got {len(found)}"
+                )
+        for text, times in self.programs.items():
+            if len(times) != len(self.stages):
+                raise ValueError(
+                    f"programs[{text!r}] must have {len(self.stages)} entries, got {len(times)}"
                 )
         if any(after <= before for before, after in zip(self.cuts, self.cuts[1:], strict=False)):
             raise ValueError(f"cuts must increase, got {self.cuts}")
@@ -106,37 +125,54 @@ class Profile(BaseModel):
             stage.contention
             if isinstance(stage.contention, float)
             else {
-                (OpKind[own.upper()], OpKind[other.upper()]): factor
+                (OpKind[own.upper()], None if other == "wait" else OpKind[other.upper()]): factor
                 for own, factors in stage.contention.items()
                 for other, factor in factors.items()
             }
             for stage in self.stages
         ]
 
-    def costs(self) -> Costs:
-        """Seconds of every operation when its stage computes alone, and of every message."""
+    def times(self, schedule: Schedule | None = None) -> Sequence[OperationTimes]:
+        """Per stage the operations of a schedule's program, where they were measured.
+
+        Otherwise, and for None, those of backpropagation.
+        """
+        known = None if schedule is None else self.programs.get(program_text(schedule))
+        return self.stages if known is None else known
+
+    def costs(self, schedule: Schedule | None = None, cores: int | None = None) -> Costs:
+        """Seconds of every operation when its stage computes alone, and of every message.
+
+        Args:
+            schedule: whose operations, see `times`.
+            cores: that all workers share; None: each has one of its own.
+        """
+        times = self.times(schedule)
         return Costs(
-            forward=tuple(stage.forward for stage in self.stages),
-            backward=tuple(stage.backward for stage in self.stages),
-            update=tuple(stage.update for stage in self.stages),
-            recompute=tuple(stage.recompute for stage in self.stages),
+            forward=tuple(stage.forward for stage in times),
+            backward=tuple(stage.backward for stage in times),
+            update=tuple(stage.update for stage in times),
+            recompute=tuple(stage.recompute for stage in times),
+            input_share=tuple(stage.input_share for stage in times),
             activation_transfer=tuple(link.activation for link in self.links),
             gradient_transfer=tuple(link.gradient for link in self.links),
             overhead=tuple(stage.overhead for stage in self.stages),
             message=tuple(stage.message for stage in self.stages),
             barrier=self.barrier,
+            cores=cores,
         )
 
-    def varying_costs(self) -> Costs:
+    def varying_costs(self, schedule: Schedule | None = None, cores: int | None = None) -> Costs:
         """The same with measured samples in the place of medians, where there are some."""
+        steady = self.costs(schedule, cores)
         found: dict[str, Any] = {
             kind: tuple(
                 Samples(tuple(stage.samples[kind])) if kind in stage.samples else fixed
-                for stage, fixed in zip(self.stages, getattr(self.costs(), kind), strict=True)
+                for stage, fixed in zip(self.times(schedule), getattr(steady, kind), strict=True)
             )
             for kind in get_args(Kind)
         }
-        return replace(self.costs(), **found)
+        return replace(steady, **found)
 
     def write(self, path: str | Path) -> None:
         """Write the profile as JSON; the file appears whole or not at all.
@@ -146,6 +182,19 @@ class Profile(BaseModel):
         """
         with replacing(path) as temporary:
             temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def program_text(schedule: Schedule) -> str:
+    """What of a schedule its operations' times depend on, in one line: everything but its name.
+
+    Synchronisation changes when an operation runs, not what it does.
+
+    >>> from ddg_sim.methods import ddg, pipedream
+    >>> program_text(ddg(2, Sync.BARRIER)) == program_text(pipedream(2))
+    True
+    """
+    plain = replace(schedule, method="any", sync=Sync.NONE)
+    return "; ".join(render(plain).splitlines())
 
 
 def read(path: str | Path) -> Profile:

@@ -12,6 +12,7 @@ from scipy import stats
 from ddg_sim.costs import Costs
 from ddg_sim.cycletime import completions, cycle_time
 from ddg_sim.draws import BLOCK
+from ddg_sim.eventgraph import only_simulated
 from ddg_sim.schedule import Schedule
 from ddg_sim.simulate import simulate, steady_period
 from ddg_sim.steady import robust_period
@@ -155,14 +156,14 @@ def settled_iterations(
 
 
 def completed(schedule: Schedule, costs: Costs, iterations: int, seed: int, runs: range) -> Array:
-    """`cycletime.completions`, or the same by simulation where a network has shared buses.
+    """`cycletime.completions`, or the same by simulation where buses or cores are shared.
 
     >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
     >>> completed(ddg(2), costs(2), 3, 0, range(1))[:, 0].tolist()
     [4.0, 7.0, 10.0]
     """
-    if not costs.network.buses:
+    if not only_simulated(schedule, costs):
         return completions(schedule, costs, iterations, seed, runs)
     found = np.zeros((iterations, len(runs)))
     for column, run in enumerate(runs):
@@ -201,14 +202,14 @@ def typical_period(
 
 
 def exact_period(schedule: Schedule, costs: Costs) -> float:
-    """Period with mean times: exact, or, where links share a bus, of a long simulation.
+    """Period with mean times: exact, or, where buses or cores are shared, of a long simulation.
 
     >>> from ddg_sim.costs import costs
     >>> from ddg_sim.methods import ddg
     >>> exact_period(ddg(2), costs(2))
     3.0
     """
-    if not costs.network.buses:
+    if not only_simulated(schedule, costs):
         return cycle_time(schedule, costs).period
     return steady_period(schedule, costs.means())
 
@@ -255,7 +256,7 @@ def replicate(
     )
     # The expected period is at least that of the mean times: less has not seen what is rare.
     least = {
-        name: 0.0 if case[1].network.buses else cycle_time(*case).period * (1 - 1e-9)
+        name: 0.0 if only_simulated(*case) else cycle_time(*case).period * (1 - 1e-9)
         for name, case in cases.items()
     }
     found: dict[str, Array] = {name: np.empty(0) for name in cases}

@@ -15,11 +15,20 @@ import simpy
 
 from ddg_sim.costs import Costs
 from ddg_sim.draws import durations
-from ddg_sim.eventgraph import check_stages, event_graph, existence, takes_place
+from ddg_sim.eventgraph import (
+    check_stages,
+    event_graph,
+    existence,
+    shares_cores,
+    takes_place,
+)
 from ddg_sim.lowering import Channel, Place, bodies, channels, message_of
 from ddg_sim.network import Bus, Network, Sharing
 from ddg_sim.schedule import OpKind, Schedule, ScheduleError
 from ddg_sim.timeline import Timeline, columns
+
+#: Iterations of a run whose slope is taken for the period.
+LONG = 100
 
 Process = Generator[simpy.Event, object, None]
 
@@ -41,8 +50,10 @@ def simulate(
     An operation takes its duration, a receive waits for its message, a send hands the message to
     the directed link between the two workers and returns at once, a barrier waits for everyone.
     A link carries one message at a time, first come first served, while the workers compute;
-    `network.Network` says otherwise. Replicas run the same program and meet at each all-reduce; the
-    timeline is that of the first.
+    `network.Network` says otherwise. Where there are fewer cores than workers, C cores give each of
+    n operations that run C/n of a core: a scheduler with short time slices, which costs nothing
+    itself; who waits uses no core, and messages need none. Replicas run the same program and meet
+    at each all-reduce; the timeline is that of the first.
 
     Args:
         schedule: a valid schedule.
@@ -80,6 +91,7 @@ def simulate(
     graph = event_graph(schedule)
     times = durations(graph, costs, iterations, seed, range(run, run + 1))
     meeting = _Meeting(env, schedule.replicas)
+    cores = _Fair(env, costs.cores) if costs.cores and shares_cores(schedule, costs) else None
     replicas = [
         _Replica(
             env,
@@ -89,6 +101,7 @@ def simulate(
             iterations,
             drain,
             meeting,
+            cores,
         )
         for r in range(schedule.replicas)
     ]
@@ -111,7 +124,9 @@ def simulate(
         (stream.channel.number, 0, stream.ticks, stream.starts, stream.ends)
         for stream in first.streams
     ]
-    return Timeline(schedule, iterations, columns(operations), columns(transfers), not costs.random)
+    # With shared cores the drain reaches back: who is done leaves them to the others.
+    repeats = not costs.random and cores is None
+    return Timeline(schedule, iterations, columns(operations), columns(transfers), repeats)
 
 
 Seconds = float | list[float]  # always the same, or per iteration
@@ -181,11 +196,13 @@ class _Replica:
         iterations: int,
         drain: bool,
         meeting: _Meeting,
+        cores: _Fair | None,
     ) -> None:
         self.env = env
         self.schedule = schedule
         self.ticks = schedule.num_ticks(iterations, drain)
         self.meeting = meeting
+        self.cores = cores
         self.blocking = network.blocking
         graph = event_graph(schedule)
         needed = existence(graph, iterations)
@@ -240,8 +257,14 @@ class _Replica:
                     seconds = place.seconds
                     if isinstance(seconds, list):
                         seconds = seconds[tick]
-                    place.starts.append(now)
-                    now += seconds
+                    if self.cores is not None:
+                        yield timeout(now - env.now)
+                        place.starts.append(now)
+                        yield self._compute(self.cores, seconds)
+                        now = env.now
+                    else:
+                        place.starts.append(now)
+                        now += seconds
                     place.ends.append(now)
                     for stream in place.outgoing:
                         if tick in stream.ticks:
@@ -260,6 +283,12 @@ class _Replica:
                     del waits[worker]
                     now = env.now
         yield timeout(now - env.now)
+
+    def _compute(self, cores: _Fair, seconds: float) -> simpy.Event:
+        """Happens when an operation that alone takes so long has had its share of the cores."""
+        ended = self.env.event()
+        cores.carry(seconds, lambda: None, lambda: _succeed(ended))
+        return ended
 
     def _meet(self, worker: int, barrier: int, tick: int) -> simpy.Event:
         everyone, present = self._barriers.setdefault((barrier, tick), (self.env.event(), []))
@@ -394,10 +423,11 @@ class _Fifo:
 
 
 class _Fair:
-    """A medium that all transfers share equally (processor sharing)."""
+    """What all that use it share equally (processor sharing): a medium, or ``width`` cores."""
 
-    def __init__(self, env: simpy.Environment) -> None:
+    def __init__(self, env: simpy.Environment, width: int = 1) -> None:
         self._env = env
+        self._width = width
         self._left: dict[Callback, float] = {}  # seconds that it would still take alone
         self._since = 0.0
         self._turn = 0
@@ -411,14 +441,17 @@ class _Fair:
     def _progress(self) -> None:
         elapsed, self._since = self._env.now - self._since, self._env.now
         for done in self._left:
-            self._left[done] -= elapsed / len(self._left)
+            self._left[done] -= elapsed * self._rate()
+
+    def _rate(self) -> float:
+        return min(1.0, self._width / len(self._left))
 
     def _plan(self) -> None:
         """Wake up when the first transfer ends, if nothing changes before."""
         self._turn += 1
         if self._left:
             first = min(self._left, key=lambda done: self._left[done])
-            timer = self._env.timeout(max(0.0, self._left[first]) * len(self._left))
+            timer = self._env.timeout(max(0.0, self._left[first]) / self._rate())
             turn = self._turn
             timer.callbacks.append(lambda _: self._end(first, turn))
 
@@ -440,6 +473,8 @@ MEDIA: dict[Sharing, Callable[[simpy.Environment], _Medium]] = {
 def steady_period(schedule: Schedule, costs: Costs, max_iterations: int = 4096) -> float:
     """Exact steady-state seconds per iteration, by simulating until the run repeats itself.
 
+    Where workers share cores, the robust slope of a run of `LONG` iterations.
+
     Raises:
         SteadyStateError: if it does not within ``max_iterations``; `cycletime.cycle_time` gives
             the period without simulating.
@@ -450,6 +485,8 @@ def steady_period(schedule: Schedule, costs: Costs, max_iterations: int = 4096) 
     (12.0, 3.0)
     """
     iterations = 2 * schedule.num_ticks(0) + 16
+    if shares_cores(schedule, costs):
+        return simulate(schedule, costs, LONG + iterations).period
     while True:
         iterations = min(iterations, max_iterations)
         regime = simulate(schedule, costs, iterations, drain=True).regime

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ddg_cli.training import comparison_rows
+from ddg_cli.validation import comparison_rows
 from ddg_gpu.data import load
 from ddg_gpu.job import Job
 from ddg_gpu.plot import loss_curves
 from ddg_gpu.profile import KEPT, measure, measured_cuts
-from ddg_gpu.validate import Comparison, check_profile, compare, parse_method, speedups
+from ddg_gpu.validate import Comparison, check_profile, checked, compare, speedups
 from ddg_sim.costs import costs
 from ddg_sim.cycletime import cycle_time
-from ddg_sim.methods import bp
-from ddg_sim.profile import Profile, read
+from ddg_sim.eventgraph import event_graph
+from ddg_sim.methods import bp, ddg
+from ddg_sim.profile import Profile, program_text, read
+from ddg_sim.synchronous import gpipe
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,8 @@ def test_a_profile_describes_every_stage_and_link(profile: Profile) -> None:
     for stage in profile.stages:
         assert min(stage.forward, stage.backward, stage.update, stage.recompute) > 0
         factors = [f for row in stage.contention.values() for f in row.values()]
-        assert len(factors) == 4
+        assert set(stage.contention) == {"forward", "backward", "update", "recompute"}
+        assert all("wait" in stage.contention[kind] for kind in ("forward", "backward", "update"))
         assert min(factors) >= 1
         assert stage.parameter_bytes > 0
     assert [link.bytes for link in profile.links] == [s.output_bytes for s in profile.stages[:-1]]
@@ -124,7 +128,48 @@ def test_methods_are_checked_before_anything_runs() -> None:
     with pytest.raises(ValueError, match="unknown method 'dgd'"):
         compare(job, ["bp", "dgd"], load("digits"))
     with pytest.raises(ValueError, match="unknown sync 'often'"):
-        parse_method("ddg/often")
+        compare(job, ["bp", "ddg/often"], load("digits"))
+    with pytest.raises(ValueError, match="torch backend does not run all-reduce"):
+        checked(job, "dp")
+
+
+def test_a_profile_holds_what_a_rule_costs() -> None:
+    """A program of its own for each, and the halves of a split pass with their share."""
+    job = Job("bp", 2, "resnet8", iterations=1, batch_size=16)
+    wanted = ("zb-h1", "fr", "dgl", "adl:accumulate=3", "interleaved")
+    own = {name: checked(job, name) for name in wanted}
+    found = measure(job, load("digits"), 4, methods=list(own.values()))
+    schedules = {name: job.schedule() for name, job in own.items()}
+    assert {program_text(schedule) for schedule in schedules.values()} == set(found.programs)
+    halves = found.costs(schedules["zb-h1"])
+    assert halves.input_share[0] < halves.input_share[1]  # nobody needs the gradient of the data
+    for schedule in schedules.values():
+        assert min(found.costs(schedule).forward) > 0
+    assert found.costs(ddg(2)) == found.costs()  # not measured: backpropagation's
+
+
+def test_options_of_methods_are_compared() -> None:
+    job = Job("bp", 2, "mlp", iterations=6, batch_size=8)
+    names = ["gpipe:micro_batches=3:replay", "adl:accumulate=2"]
+    profile, found = compare(job, names, load("digits"), rounds=1, samples=4)
+    assert [item.name for item in found] == names
+    assert [item.samples for item in found] == [3, 2]
+    assert found[0].run.job.schedule() == gpipe(2, 3, replay=True)
+    assert program_text(gpipe(2, 3, replay=True)) in profile.programs
+
+
+def test_workers_that_share_a_core_are_predicted_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prediction on one core is all the work there is."""
+    monkeypatch.setattr("ddg_gpu.validate.available_cores", lambda: 1)
+    job = Job("bp", 2, "mlp", iterations=8, batch_size=8)
+    profile = measure(replace(job, cuts=(4,)), load("digits"), 2)
+    profile = profile.model_copy(
+        update={"stages": [stage.model_copy(update={"samples": {}}) for stage in profile.stages]}
+    )
+    _, (found,) = compare(job, ["ddg"], load("digits"), profile=profile, rounds=1)
+    work = sum(event.seconds(profile.costs()) for event in event_graph(ddg(2)).events if event.node)
+    assert found.predicted_period == pytest.approx(work, rel=0.1)
+    assert found.bound_by.startswith("2 workers take turns on 1 core; ")
 
 
 def test_speedups_need_a_baseline() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -294,3 +295,111 @@ def _small_files() -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+
+# --- As a user runs it ----------------------------------------------------------------------------
+
+RUN = [
+    *("train", "ddg", "--stages", "2", "--model", "mlp", "--data", "digits", "--json"),
+    *("--executor", "distributed", "--iterations", "600", "--learning-rate", "0.005"),
+]
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below ``pid``."""
+    parents: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = status.read_text().rsplit(")", 1)[1].split()
+            parents.setdefault(int(fields[1]), []).append(int(status.parent.name))
+    found = list(parents.get(pid, []))
+    for child in found:
+        found.extend(parents.get(child, []))
+    return found
+
+
+def disturbed(command: list[str], folder: Path, how: signal.Signals, victims: int) -> Any:
+    """Run a command, and send a signal to a worker once there is a checkpoint."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 90
+        while newest_name(folder) is None and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        leaves = [pid for pid in descendants(process.pid) if not descendants(pid)]
+        os.kill(sorted(leaves)[-victims], how)
+        out, err = process.communicate(timeout=90)
+    finally:
+        for pid in [*descendants(process.pid), process.pid]:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+    return json.loads(out), err
+
+
+def newest_name(folder: Path) -> Path | None:
+    return next(iter(sorted(folder.glob("iteration-*/manifest.json"))), None)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> str:
+    words = [word for word in RUN if word not in ("--executor", "distributed")]
+    found = ddg(*words)
+    assert found.returncode == 0, found.stderr
+    return str(json.loads(found.stdout)["weights_sha256"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_run_goes_on_by_itself(how: signal.Signals, tmp_path: Path, undisturbed: str) -> None:
+    more = ["--checkpoints", str(tmp_path), "--every", "40", "--restarts", "1", "--timeout", "3"]
+    command = [sys.executable, "-m", "ddg_cli", *RUN, *more]
+    found, err = disturbed(command, tmp_path, how, victims=1)
+    assert found["weights_sha256"] == undisturbed
+    assert "going on from" in " ".join(err.split())
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_and_the_run_goes_on(tmp_path: Path, undisturbed: str) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "2"),
+        *("--nproc-per-node", "2", "-m", "ddg_cli", *RUN),
+        *("--checkpoints", str(tmp_path), "--every", "40", "--timeout", "10"),
+    ]
+    found, _ = disturbed(command, tmp_path, signal.SIGKILL, victims=1)
+    assert found["weights_sha256"] == undisturbed
+
+
+def test_options_that_need_checkpoints_say_so(tmp_path: Path) -> None:
+    for option in (["--resume"], ["--restarts", "1"], ["--flush"]):
+        found = ddg(*RUN[:8], "--iterations", "2", *option)
+        assert found.returncode == 2
+        assert f"{option[0]} needs --checkpoints FOLDER" in found.stderr
+
+
+def test_the_log_has_a_line_per_update_and_goes_on(tmp_path: Path) -> None:
+    at = Snapshots(tmp_path / "run", every=4)
+    train(job(iterations=6), DIGITS, snapshots=at, log=tmp_path / "log")
+    (tmp_path / "run" / "iteration-6" / "manifest.json").unlink()  # so it goes on from 4
+    run = trained(job(), DIGITS, snapshots=at, resume=True, log=tmp_path / "log")
+    for stage, staleness in ((1, 1), (2, 0)):
+        text = (tmp_path / "log" / f"stage-{stage}.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        assert [row["update"] for row in rows] == list(range(1, 12))
+        assert rows[-2]["staleness"] == staleness
+        assert rows[5]["seconds"].keys() == {"forward", "backward", "update"}
+        assert rows[5]["peak_rss"] > 1e6
+        assert [row["loss"] for row in rows] == (
+            [None] * 11 if stage == 1 else [pytest.approx(loss) for loss in run.losses]
+        )
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_or_is_skipped(tmp_path: Path) -> None:
+    words = ("train", "ddg", "--stages", "2", "--model", "mlp", "--iterations", "12", "--json")
+    found = ddg(*words, "--learning-rate", "1e30")
+    assert found.returncode == 1
+    assert "stage 1 (of 2), sample" in found.stderr
+    assert "the loss is" in found.stderr
+    found = ddg(*words, "--learning-rate", "1e30", "--non-finite", "skip")
+    assert found.returncode == 0
+    assert json.loads(found.stdout)["skipped"] > 0
