@@ -130,6 +130,7 @@ class _Passes:
             self._error = 1e-3 * torch.randn(job.batch_size, *parts.boundaries[rank])
         self._samples = self._updates = 0
         self._waiting: list[int] = []  # samples that had no backward pass yet
+        self._differentiated = 0  # the last one that had
 
     def run(self, kind: OpKind, count: int = 1) -> float:
         """Run so many operations; returns their seconds."""
@@ -142,10 +143,11 @@ class _Passes:
             elif kind is OpKind.RECOMPUTE:
                 self._stage.recompute(self._op(kind, self._waiting[-1]))
             elif kind is OpKind.BACKWARD:
-                self._stage.backward(self._op(kind, self._waiting.pop()), self._error)
+                self._differentiated = self._waiting.pop()
+                self._stage.backward(self._op(kind, self._differentiated), self._error)
             else:
                 self._updates += 1
-                self._stage.update(self._op(kind, self._samples))
+                self._stage.update(self._op(kind, self._differentiated))
         return perf_counter() - start
 
     def finish(self) -> None:
