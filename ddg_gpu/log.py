@@ -60,7 +60,7 @@ class StageLog:
                 "versions": versions,
                 "peak_rss": _peak_rss(),
             }
-            print(json.dumps(row), file=self._files[op.stage])
+            self._files[op.stage].write(json.dumps(row) + "\n")
             spent.clear()
             for key in [key for key in self._read if key[0] == op.stage and key[1] <= op.sample]:
                 del self._read[key]
