@@ -397,7 +397,8 @@ class Stage:
         if not math.isfinite(loss):
             if self._options.non_finite == "raise":
                 raise NonFiniteLossError(
-                    f"{self._named}, sample {sample.number}: the loss is {loss}"
+                    f"{self._named}, sample {sample.number}: the loss is {loss}: the training has"
+                    " diverged, take a smaller learning rate, or skip such samples"
                 )
             sample.skipped = True
 

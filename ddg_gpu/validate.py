@@ -19,6 +19,7 @@ from ddg_gpu.profile import measured_cuts, programs, summarise
 from ddg_gpu.stage import refuse
 from ddg_gpu.timing import StageTimes, time_operations
 from ddg_gpu.train import Run, train
+from ddg_gpu.transport import require_processes
 from ddg_sim.choice import parse_choice
 from ddg_sim.contention import contended
 from ddg_sim.eventgraph import shares_cores
@@ -105,6 +106,7 @@ def checked(job: Job, text: str) -> Job:
     """
     own = chosen(job, text)
     schedule = own.schedule()
+    require_processes(schedule)
     for stage in range(own.stages):
         refuse(schedule, stage)
     return own

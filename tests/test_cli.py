@@ -657,6 +657,7 @@ WRONG = [
     (f"{PRO} --data nowhere", ["nowhere", "no such file"]),
     (f"{PRO} --data folder", ["folder", "holds no dataset"]),
     (f"{PRO} --data ./text", ["text", "not a tar archive"]),
+    (f"{PRO} --data text", ["mlp", "reads images", "gpt-tiny"]),
     (f"{PRO} --data cut.tar.gz", ["cut.tar.gz", "damaged"]),
     (f"{PRO} --cuts 0", ["cuts", "[0]", "1..7"]),
     (f"{PRO} --cuts 8", ["cuts", "[8]", "1..7"]),

@@ -129,7 +129,7 @@ def test_methods_are_checked_before_anything_runs() -> None:
         compare(job, ["bp", "dgd"], load("digits"))
     with pytest.raises(ValueError, match="unknown sync 'often'"):
         compare(job, ["bp", "ddg/often"], load("digits"))
-    with pytest.raises(ValueError, match="torch backend does not run all-reduce"):
+    with pytest.raises(ValueError, match="train in one process only"):
         checked(job, "dp")
 
 
