@@ -26,6 +26,7 @@ from ddg_gpu.job import Job, make_stage, network
 from ddg_gpu.machine import available_cores
 from ddg_gpu.messages import message_buffer
 from ddg_gpu.processes import Report, run_together
+from ddg_gpu.transport import require_processes
 from ddg_gpu.value import Value, like, members
 from ddg_sim.dependencies import Relation
 from ddg_sim.lowering import Barrier, Message, Receive
@@ -67,10 +68,11 @@ def time_operations(
         waits: whether to time operations after a wait, too.
 
     Raises:
-        ValueError: if the job cannot be run on the data.
+        ValueError: if the job cannot be run on the data, or not in several processes.
         WorkerError: if a process fails.
     """
     schedule = job.schedule()
+    require_processes(schedule)
     given = {**dataset_values(dataset), "samples": samples, "waits": waits}
     timed = run_together(partial(_operations, job), len(schedule.workers), given)
     return [

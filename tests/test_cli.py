@@ -656,6 +656,7 @@ WRONG = [
     (f"{PRO} --batch-size 1438", ["batch_size", "1438", "1437"]),
     (f"{PRO} --data nowhere", ["nowhere", "no such file"]),
     (f"{PRO} --data folder", ["folder", "holds no dataset"]),
+    (f"{PRO} --data ./text", ["text", "not a tar archive"]),
     (f"{PRO} --data text", ["mlp", "reads images", "gpt-tiny"]),
     (f"{PRO} --data cut.tar.gz", ["cut.tar.gz", "damaged"]),
     (f"{PRO} --cuts 0", ["cuts", "[0]", "1..7"]),
