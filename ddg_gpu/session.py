@@ -22,7 +22,8 @@ class Session:
         workers: which of its workers are run here.
         stages: their stages, by index.
         samples: the data.
-        connect: makes the transport to the other workers.
+        connect: makes the transport to the other workers, given how many samples were fed before:
+            from there the samples of its messages count.
         watch: called after every operation.
     """
 
@@ -32,7 +33,7 @@ class Session:
         workers: Sequence[int],
         stages: Mapping[int, Stage],
         samples: Samples,
-        connect: Callable[[], Transport],
+        connect: Callable[[int], Transport],
         watch: Watch = lambda op, seconds: None,
     ) -> None:
         self.schedule = schedule
@@ -165,7 +166,7 @@ class Session:
             self._workers,
             self._stages,
             self._samples,
-            self._connect(),
+            self._connect(before.samples),
             before=before,
             start=start,
             watch=self._watch,

@@ -280,12 +280,14 @@ class Trainer:
                 stage.losses.clear()  # local ones
         return found
 
-    def _connect(self) -> Transport:
+    def _connect(self, first: int) -> Transport:
         if not self._connected:
             return LocalTransport(len(self.schedule.workers))
-        buffer = message_buffer(
-            self.schedule, self._crossing, lambda sample: _batch_size(*self._fed[sample])
-        )
+
+        def size(sample: int) -> int:
+            return _batch_size(*self._fed[first + sample])
+
+        buffer = message_buffer(self.schedule, self._crossing, size)
         return GlooTransport(self.schedule, dist.get_rank(), buffer, self._timeout, trusting=False)
 
     def _forward(self, value: Value | None, size: int) -> Any:

@@ -82,8 +82,13 @@ def run_workers(
         for index in range(schedule.num_stages)
         if schedule.worker_of(index) in workers
     }
-    buffer = message_buffer(schedule, parts.boundaries, batches.size)
     watches = [watch]
+
+    def connected(first: int) -> Transport:
+        def size(sample: int) -> int:
+            return batches.size(first + sample)
+
+        return connect(schedule, message_buffer(schedule, parts.boundaries, size))
 
     def watching(op: Op, seconds: float) -> None:
         for each in watches:
@@ -94,7 +99,7 @@ def run_workers(
         workers,
         stages,
         batches,
-        lambda: connect(schedule, buffer),
+        connected,
         watching,
     )
     total = num_iterations(job, batches)

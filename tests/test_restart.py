@@ -135,6 +135,18 @@ def test_flushed_runs_resume_where_they_were_flushed(tmp_path: Path) -> None:
     assert rest.weights_sha256 == whole.weights_sha256
 
 
+def test_after_a_flush_ragged_batches_cross_processes(tmp_path: Path) -> None:
+    """Of 1437 digits in batches of 300, the fifth is smaller: in each epoch, not of each flush."""
+    ragged = Job("ddg", 2, "mlp", epochs=2, batch_size=300, learning_rate=0.01)
+    found = {
+        executor: trained(
+            ragged, DIGITS, executor, snapshots=Snapshots(tmp_path / executor, 3, flush=True)
+        ).weights_sha256
+        for executor in ("serial", "distributed")
+    }
+    assert found["serial"] == found["distributed"]
+
+
 def test_samples_in_flight_are_not_given_to_other_stages(tmp_path: Path) -> None:
     trained(job(iterations=4), DIGITS, snapshots=Snapshots(tmp_path))
     with pytest.raises(CheckpointError, match="has samples in flight.*--flush"):

@@ -139,6 +139,26 @@ def test_processes_that_step_together_give_the_same_bits(name: str) -> None:
     assert results[0]["accuracy"] == results[1]["accuracy"]
 
 
+def flushed(alone: bool, rank: int, given: dict[str, Any], report: Any) -> dict[str, Any]:
+    """Steps of different sizes, with a flush between them."""
+    modules = toy_stages(2)
+    trainer = Trainer(ddg(2), modules, sgd, example=None if alone else Toy().inputs(0), timeout=30)
+    for step, size in enumerate((6, 6, 4, 6, 5, 6)):
+        if step == 3:
+            trainer.flush()
+            trainer.flush()
+        trainer.step(Toy().inputs(step)[:size], Toy().targets(step)[:size])
+    trainer.flush()
+    return {"state": [module.state_dict() for module in modules]}
+
+
+def test_processes_go_on_after_a_flush() -> None:
+    alone = flushed(True, 0, {}, None)["state"]
+    for rank, result in enumerate(run_together(partial(flushed, False), 2, {})):
+        own_state = result["state"][rank]
+        assert all(torch.equal(tensor, own_state[name]) for name, tensor in alone[rank].items())
+
+
 def mismatched(victim: int, rank: int, given: dict[str, Any], report: Any) -> dict[str, Any]:
     trainer = Trainer(ddg(2), toy_stages(2), sgd, example=Toy().inputs(0), timeout=30)
     size = len(Toy().inputs(0)) - (rank == victim)
