@@ -99,8 +99,10 @@ def run_together(
                 running = [p.sentinel for p in processes if p.exitcode is None]
                 multiprocessing.connection.wait(running, timeout=0.5)
                 if any(process.exitcode for process in processes):
-                    raise WorkerError(_first_cause(processes, folder))
+                    break
                 progress(store.add("done", 0), steps)
+            if any(process.exitcode for process in processes):
+                raise WorkerError(_first_cause(processes, folder))
         finally:
             _end(processes)
         return [_load(folder / f"worker-{rank}.pt") for rank in range(workers)]

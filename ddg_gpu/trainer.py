@@ -98,11 +98,13 @@ class Trainer:
         workers: Sequence[int] = range(len(schedule.workers))
         self._connected = dist.is_available() and dist.is_initialized()
         self._crossing: list[Boundary] = []
+        self._evaluated: list[Boundary] = []  # the same in full precision
         if self._connected:
             workers = [_rank(len(workers))]
             if example is None:
                 raise ValueError("example must be given where several processes train")
             self._crossing = boundaries(modules, example, options.precision)
+            self._evaluated = boundaries(modules, example)
         self.schedule = schedule
         self.modules = list(modules)
         self._parts = schedule.samples_per_iteration * schedule.replicas  # of a mini-batch
@@ -178,6 +180,8 @@ class Trainer:
         score: Callable[[Any, Any], float] | None = None,
     ) -> float:
         """Mean score over test batches, with the weights of now; samples may be in flight.
+
+        It is computed in full precision, whatever the training's.
 
         Args:
             batches: (inputs, targets); with several processes, the same in each of them.
@@ -307,7 +311,7 @@ class Trainer:
                 value = None
             elif index + 1 in self._stages:
                 crossing = Message(Relation.ACTIVATION, index, index + 1, 0)
-                value = message_buffer(self.schedule, self._crossing, lambda _: size)(crossing)
+                value = message_buffer(self.schedule, self._evaluated, lambda _: size)(crossing)
                 for tensor in members(value):
                     dist.recv(tensor, source, tag=_EVALUATION)
         return value if self.schedule.num_stages - 1 in self._stages else None

@@ -288,6 +288,17 @@ def meeting_task(rank: int, given: dict[str, Any], report: Any) -> dict[str, Any
     return {"pid": os.getpid()}
 
 
+def late(rank: int, given: dict[str, Any], report: Any) -> dict[str, Any]:
+    time.sleep(0.7)
+    raise ArithmeticError("at last")
+
+
+def test_a_failure_while_progress_is_shown_is_told() -> None:
+    """When it was looked at again, all processes had ended."""
+    with pytest.raises(WorkerError, match="worker 0 failed: ArithmeticError: at last"):
+        run_together(late, 1, {}, progress=lambda done, total: time.sleep(2.0))
+
+
 def test_a_port_in_use_is_refused() -> None:
     store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", 0, is_master=True, wait_for_workers=False

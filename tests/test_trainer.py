@@ -139,6 +139,24 @@ def test_processes_that_step_together_give_the_same_bits(name: str) -> None:
     assert results[0]["accuracy"] == results[1]["accuracy"]
 
 
+def lower(rank: int, given: dict[str, Any], report: Any) -> dict[str, Any]:
+    options = StageOptions(precision=torch.bfloat16)
+    trainer = Trainer(ddg(2), toy_stages(2), sgd, example=Toy().inputs(0), options=options)
+    fed(trainer, range(3))
+    return {"found": trainer.evaluate([(Toy().inputs(100), Toy().targets(100))], score)}
+
+
+def score(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+    return float(outputs.double().sum())
+
+
+def test_processes_evaluate_in_full_precision() -> None:
+    alone = Trainer(ddg(2), toy_stages(2), sgd, options=StageOptions(precision=torch.bfloat16))
+    fed(alone, range(3))
+    expected = alone.evaluate([(Toy().inputs(100), Toy().targets(100))], score)
+    assert run_together(lower, 2, {}) == [{"found": expected}] * 2
+
+
 def flushed(alone: bool, rank: int, given: dict[str, Any], report: Any) -> dict[str, Any]:
     """Steps of different sizes, with a flush between them."""
     modules = toy_stages(2)
