@@ -54,7 +54,7 @@ def main(arguments: Sequence[str], out: TextIO, checks: Sequence[Check] = CHECKS
     facts = Facts(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
-        stages=tuple(options.stages),
+        stages=tuple(sorted(set(options.stages))),
         limit=options.limit,
         results={
             check.name: Result("skipped", check.no, error=("not its turn yet",)) for check in checks
