@@ -17,13 +17,17 @@ CONCURRENT = 1.25
 OVERLAP = 1.5
 #: Cycles for which a stream is held back until all that is to be timed is queued.
 HOLD = 100_000_000
+#: Side of the matrices of the compute-bound load.
+SIDE = 512
+#: Bytes of a transfer.
+SIZES = (4 * 2**10, 2**20, 64 * 2**20)
 #: Hops of a transfer that are timed, and those before them.
 HOPS, BEFORE = 200, 20
 
 
 def _compute() -> Callable[[], object]:
     """Compute-bound: a small matrix product, which stays in the L2 cache."""
-    x, y = (torch.randn(512, 512, device="cuda") for _ in range(2))
+    x, y = (torch.randn(SIDE, SIDE, device="cuda") for _ in range(2))
     out = torch.empty_like(x)
     return lambda: torch.mm(x, y, out=out)
 
@@ -83,7 +87,7 @@ def transfers(stages: list[int], record: Record) -> None:
     start()
 
     def find(count: int, streams: list[torch.cuda.Stream]) -> None:
-        for size in (4 * 2**10, 2**20, 64 * 2**20):
+        for size in SIZES:
             seconds = _hops(streams, size)
             entry = {"seconds per hop": seconds, "bytes per second": size / seconds}
             record(f"{size} bytes at {count}", entry)

@@ -18,7 +18,7 @@ import torch
 from ddg_gpu.cuda_checks import CHECKS
 from ddg_gpu.facts import Facts, FactsError, read_facts, write_facts
 from ddg_gpu.first_contact import NAME, main
-from ddg_gpu.isolated import Check, Result, run_check
+from ddg_gpu.isolated import Check, Result, _read, run_check
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,6 +57,16 @@ def test_whatever_a_check_does_is_told(function: str, status: str, first: str, f
     result = run_check(check(function), [2], limit=60)
     assert (result.status, result.use, result.figures) == (status, "no", figures)
     assert result.error[0].startswith(first)
+
+
+def test_a_report_that_is_torn_or_garbage_is_no_result(tmp_path: Path):
+    report = tmp_path / "report"
+    whole = '{"figure": "a", "value": 1}\n[1]\n\x00nonsense\n{"figure": "b", "value": 2}\n{"sta'
+    report.write_text(whole)
+    assert _read(report) == ({"a": 1, "b": 2}, None)
+    report.write_text(whole + 'tus": "ok"}\n')
+    assert _read(report) == ({"a": 1, "b": 2}, {"status": "ok"})
+    assert _read(tmp_path / "none") == ({}, None)
 
 
 def test_what_a_crashed_check_said_is_kept():
