@@ -37,6 +37,7 @@ VARIANTS = (
 def trainable(stages: int, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     """The methods that the torch backend runs with so many stages, and why it refuses others."""
     from ddg_gpu.stage import refuse
+    from ddg_gpu.transport import require_processes
     from ddg_sim.choice import parse_choice
     from ddg_sim.schedule import ScheduleError
 
@@ -44,10 +45,11 @@ def trainable(stages: int, names: Iterable[str]) -> tuple[list[str], dict[str, s
     for name in names:
         try:
             schedule = parse_choice(name).schedule(stages)
+            require_processes(schedule)
             for stage in range(stages):
                 refuse(schedule, stage)
-            if schedule.replicas > 1:
-                raise ScheduleError("replicas are not run")
+            if schedule.method in ("petra", "ouroboros"):
+                raise ScheduleError("needs a network of its own")
         except ValueError as error:
             refused[name] = str(error)
         else:
