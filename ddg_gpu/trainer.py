@@ -135,7 +135,8 @@ class Trainer:
         """Feed a mini-batch, and run one iteration of the schedule.
 
         Where the schedule takes several samples per iteration (micro-batches, replicas), the
-        mini-batch is divided into as many parts, as equal as can be.
+        mini-batch is divided into as many parts, as equal as can be. Every part counts the same in
+        the mean, so where they are not equal, examples of smaller parts count a little more.
 
         Args:
             inputs: (B, ...) a tensor, or a flat tuple of tensors.
