@@ -204,6 +204,7 @@ def train(
     from ddg_gpu import checkpoint
     from ddg_gpu.job import Job
     from ddg_gpu.snapshots import Snapshots
+    from ddg_gpu.train import EXECUTORS
     from ddg_gpu.train import train as run_training
     from ddg_sim.methods import RULES, Semantics
     from ddg_sim.schedule import Sync
@@ -214,6 +215,12 @@ def train(
     if checkpoints is None and (resume or restarts or flush):
         name = "--resume" if resume else "--restarts" if restarts else "--flush"
         raise ValueError(f"{name} needs --checkpoints FOLDER")
+    if executor not in EXECUTORS:  # before any data is read
+        raise ValueError(f"unknown --executor {executor!r}; known: {', '.join(EXECUTORS)}")
+    if executor == "serial" and restarts:
+        raise ValueError("--restarts needs --executor distributed")
+    if load is not None and resume:
+        raise ValueError("--load starts a run, --resume goes on with one: give one of them")
     snapshots = None if checkpoints is None else Snapshots(checkpoints, every, keep, flush)
     given = {
         "micro_batches": micro_batches,

@@ -15,13 +15,13 @@ from torch.utils import _pytree as pytree
 from ddg_gpu.dryrun import (
     SIZES,
     SplitError,
-    Value,
     batch_of,
     describe,
     same_bits,
     tensors_of,
     undisturbed,
 )
+from ddg_gpu.value import Value
 
 
 @dataclass(frozen=True, slots=True)

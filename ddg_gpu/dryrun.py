@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-Value = Tensor | tuple[Tensor, ...]
-"""What passes from stage to stage: a tensor, or a flat tuple of tensors."""
+from ddg_gpu.value import Value
 
 SIZES = (2, 3)
 """Batch sizes of dry runs: what differs between them scales with the batch. Batch normalisation

@@ -155,6 +155,7 @@ class Execution:
         self._transport = transport
         self._watch = watch
         self._done = dict.fromkeys(workers, start)  # ticks
+        self._stopped: str | None = None  # by an error
         for stage in stages.values():
             stage.tie(stages)
         self._begin()
@@ -165,14 +166,21 @@ class Execution:
         Raises:
             ScheduleError: if no worker can go on.
             PeerLostError: if a worker elsewhere is gone, or does not answer in time.
+            RuntimeError: if an error has stopped a worker before.
         """
+        if self._stopped is not None:
+            raise RuntimeError(f"cannot go on after an error: {self._stopped}")
         more, self.tick = tick - self.tick, tick
         for ahead in self._ahead.values():
             self._transport.expect(chain.from_iterable(islice(ahead, more)))
         while behind := [worker for worker, done in self._done.items() if done < tick]:
             before = self._progress()
             for worker in behind:
-                next(self._running[worker], None)
+                try:
+                    next(self._running[worker], None)
+                except BaseException as error:
+                    self._stopped = f"{type(error).__name__}: {error}"
+                    raise
             if before == self._progress():
                 raise ScheduleError(f"deadlock: workers {behind} wait for one another")
 

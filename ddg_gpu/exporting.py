@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ddg_gpu.dryrun import SIZES, SplitError, Value, batch_of, tensors_of, undisturbed
+from ddg_gpu.dryrun import SIZES, SplitError, batch_of, tensors_of, undisturbed
 from ddg_gpu.traces import Trace, attributes_of, by_mode, first_line, module_of
+from ddg_gpu.value import Value
 
 
 def export(model: nn.Module, example: Value) -> Trace:

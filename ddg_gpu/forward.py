@@ -86,6 +86,18 @@ class Forward:
         }
         return {**sample.weights, **buffers}
 
+    @contextmanager
+    def sound(self) -> Iterator[None]:
+        """Inside, a pass moves the buffers; if numbers in them are not finite then, it has not."""
+        before = {name: buffer.clone() for name, buffer in self.trained.named_buffers()}
+        yield
+        now = dict(self.trained.named_buffers())
+        if any((own.isfinite() & ~now[name].isfinite()).any() for name, own in before.items()):
+            # Through .data, as graphs of samples in flight hold batch norm's, which moves them
+            # unseen by autograd, too.
+            for name, own in before.items():
+                now[name].data.copy_(own)
+
     def _run(self, sample: InFlight, weights: Weights, graph: bool) -> Value:
         device = members(sample.inputs)[0].device
         mixed = (

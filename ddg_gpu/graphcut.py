@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ddg_gpu.chain import listed
-from ddg_gpu.dryrun import SIZES, SplitError, Value, batch_of, undisturbed
+from ddg_gpu.dryrun import SIZES, SplitError, batch_of, undisturbed
 from ddg_gpu.traces import Trace, by_mode, follows_mode, graph_module
+from ddg_gpu.value import Value
 
 #: What a graph can hold as it is.
 _LITERALS = (bool, int, float, str, type(None), torch.dtype, torch.device)

@@ -52,7 +52,8 @@ class Job:
         cuts: first layers of stages 1..K-1; None balances estimated costs.
         load: file with weights to start from, as written by `checkpoint.save`.
         clip_norm: the most that the norm of a stage's gradient may be; None clips nothing.
-        milestones: iterations after which the learning rate is multiplied by ``rate_factor``.
+        milestones: updates after which the learning rate is multiplied by ``rate_factor``; one
+            whose samples were all skipped does not count.
         rate_factor: see ``milestones``.
         precision: "float32", or "bf16" for forward and backward passes in bfloat16 (autocast).
         recompute: whether stages keep only the inputs of samples in flight, and run forward again.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ddg_gpu.boundaries import boundaries
-from ddg_gpu.dryrun import Value, tensors_of, undisturbed
+from ddg_gpu.dryrun import tensors_of, undisturbed
+from ddg_gpu.value import Value
 
 #: Forward and backward passes of each layer that are timed, after some that are not.
 TIMED, WARM_UP = 7, 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from collections import defaultdict
@@ -18,9 +19,9 @@ class StageLog:
     """Writes ``stage-1.jsonl`` and so on: what every update of the stages of a process was.
 
     Each line has: ``update`` (its number, from 1), ``sample`` (the last one it used), ``loss`` (of
-    that sample, where the stage has one), ``staleness`` (updates between reading the weights and
-    this), ``seconds`` (by kind of operation, since the last update), ``activations`` and
-    ``versions`` (held now) and ``peak_rss`` (bytes of the process so far).
+    that sample, where the stage has one; null if it is not finite), ``staleness`` (updates between
+    reading the weights and this), ``seconds`` (by kind of operation, since the last update),
+    ``activations`` and ``versions`` (held now) and ``peak_rss`` (bytes of the process so far).
 
     Args:
         folder: where; made if it is not there.
@@ -49,11 +50,11 @@ class StageLog:
         elif op.kind is OpKind.UPDATE:
             stage, spent = self._stages[op.stage], self._seconds[op.stage]
             activations, versions = stage.held
-            read = self._read.get((op.stage, op.sample))
+            read, loss = self._read.get((op.stage, op.sample)), stage.losses.get(op.sample)
             row: dict[str, Any] = {
                 "update": op.version,
                 "sample": op.sample,
-                "loss": stage.losses.get(op.sample),
+                "loss": loss if loss is not None and math.isfinite(loss) else None,
                 "staleness": None if read is None else op.version - 1 - read,
                 "seconds": dict(spent),
                 "activations": activations,

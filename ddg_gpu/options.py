@@ -30,7 +30,8 @@ class StageOptions:
         non_finite: what becomes of a sample whose loss is not finite. "raise" a
             `NonFiniteLossError`, or "skip": every stage leaves it out of its update (the mean is
             over the others), and an update without samples counts as one but changes nothing, no
-            momentum and no learning rate either.
+            momentum and no learning rate either. Buffers, such as running means, that it would
+            make infinite or NaN stay as they were.
         restorable: keep what `Stage.state` needs to build graphs again, also where the weights that
             a pass has read are overwritten (one more copy of them per version in flight), and
             the buffers that it has read.

@@ -12,11 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddg_gpu.boundaries import boundaries, compare
 from ddg_gpu.chain import Chain, SequentialChain, check, is_sequence, listed, trainable
-from ddg_gpu.dryrun import SplitError, Value, batch_of
+from ddg_gpu.dryrun import SplitError, batch_of
 from ddg_gpu.exporting import export
 from ddg_gpu.graphcut import GraphChain
 from ddg_gpu.layertimes import seconds
 from ddg_gpu.tracing import trace
+from ddg_gpu.value import Value
 
 # On a CPU core, producing one element of an element-wise layer (batch norm, ReLU, addition) takes
 # about as long as this many floating-point operations of a convolution. It only ranks layers for

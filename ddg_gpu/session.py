@@ -130,7 +130,9 @@ class Session:
         return found
 
     def restore(self, state: Mapping[str, Tree]) -> None:
-        """Go on from what `state` gave, of the same schedule; of a new session only.
+        """Go on from what `state` gave, of the same schedule.
+
+        Whatever was in flight here before is forgotten.
 
         Args:
             state: of all stages of this process, and the position.
@@ -138,6 +140,7 @@ class Session:
         position = state["position"]
         before = Before(position["samples"], position["updates"])
         self._execution = self._begin(before, position["tick"])
+        self._flushed = False
         messages, values = {}, {}
         for index, stage in self._stages.items():
             own = state[f"stage {index}"]

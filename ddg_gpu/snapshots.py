@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from ddg_gpu.checkpoint import CheckpointError
 from ddg_sim.files import replacing
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"iteration-(\d+)")
 
@@ -79,7 +79,7 @@ def write(
     """Write a snapshot, together with all processes of the process group, if there is one.
 
     Args:
-        snapshots: where; older ones beyond those to keep are deleted.
+        snapshots: where; others are deleted, but for the newest older ones to keep.
         iteration: how many iterations were fed.
         tensors: this process's, by names that no other process uses.
         values: this process's plain values (JSON), by names that no other process uses.
@@ -114,8 +114,12 @@ def write(
                 file.write_text(json.dumps(manifest))
             shutil.rmtree(path, ignore_errors=True)
             partial.rename(path)
-            for _, old in _found(snapshots.folder)[: -snapshots.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            found = _found(snapshots.folder)
+            # Later ones are damaged: the run did not go on from them.
+            stay = [old for number, old in found if number <= iteration][-snapshots.keep :]
+            for _, old in found:
+                if old not in stay:
+                    shutil.rmtree(old, ignore_errors=True)
         if together:
             dist.barrier()
     except (OSError, CheckpointException) as error:

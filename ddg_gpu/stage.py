@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from itertools import chain
 
 import torch
@@ -106,6 +107,7 @@ class Stage:
         self._replicas = schedule.replicas
         self._per_update = schedule.samples_per_iteration * schedule.replicas
         self._first = 0  # sample of the first update
+        self._updates = 0
         self._flight = Flight()
 
     @property
@@ -115,8 +117,8 @@ class Stage:
 
     @property
     def updates(self) -> int:
-        """How many updates the weights have had; of tied stages, those of both."""
-        return self._store.newest
+        """How many updates the stage has made; not those of a stage that is tied to it."""
+        return self._updates
 
     @property
     def held(self) -> tuple[int, int]:
@@ -166,7 +168,10 @@ class Stage:
         graph = self._activations in _KEEPS_GRAPH and not self._options.recompute
         self._note_reading(sample, graph)
         self._flight.samples[op.sample] = sample
-        output = self._run(sample, graph, moves=(op.sample - self._first) % self._replicas == 0)
+        moves = (op.sample - self._first) % self._replicas == 0
+        skips = self._options.non_finite == "skip"
+        with self._run.sound() if moves and skips else nullcontext():
+            output = self._run(sample, graph, moves)
         if self.has_loss:
             assert sample.roots is not None
             self._note_loss(sample, float(sample.roots[0].detach()))
@@ -260,8 +265,9 @@ class Stage:
             self._store.updated(self._store.motion)
         if self._partner is not None:
             self._partner._store.shared()
-        elif self._store.newest != op.version:
-            raise RuntimeError(f"{op} produced version {self._store.newest}")
+        self._updates += 1
+        if self._updates != op.version:
+            raise RuntimeError(f"{op} produced version {self._updates}")
 
     def state(self) -> StageState:
         """What the stage holds now, between two operations; the tensors are the stage's own.
@@ -284,6 +290,7 @@ class Stage:
         trained = {"parameters": records, "buffers": buffers}
         flight = {
             "first": self._first,
+            "updates": self._updates,
             "weights": self._store.state(),
             "samples": self._flight.state(buffers),
         }
@@ -307,7 +314,7 @@ class Stage:
         for name, buffer in self._run.named_buffers():
             _copy(buffer, buffers.get(name), f"buffer {name!r}")
         self._store.begin(updates, self._step.restore(parameters))
-        self._first = samples
+        self._first, self._updates = samples, updates
 
     def restore(self, state: StageState) -> None:
         """Take over what another stage of the same schedule held, made with the same arguments.
@@ -321,7 +328,7 @@ class Stage:
         self.load(state.trained)
         tensors = chain(self.module.parameters(), self.module.buffers())
         flight = copied(state.flight, next((tensor.device for tensor in tensors), None))
-        self._first = flight["first"]
+        self._first, self._updates = flight["first"], flight["updates"]
         self._store.restore(flight["weights"])
         buffers = dict(self._run.named_buffers())
         self._flight = Flight.restored(flight["samples"], buffers, self._grow)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ddg_gpu.dryrun import SIZES, SplitError, Value, batch_of, undisturbed
+from ddg_gpu.dryrun import SIZES, SplitError, batch_of, undisturbed
 from ddg_gpu.traces import Trace, attributes_of, by_mode, first_line, graph_module, module_of
+from ddg_gpu.value import Value
 
 #: What says something of a tensor's form, but nothing of its values.
 FORM = frozenset(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -19,7 +21,7 @@ from ddg_gpu.options import USUAL, StageOptions
 from ddg_gpu.session import Session
 from ddg_gpu.stage import Stage
 from ddg_gpu.step import OptimizerFactory
-from ddg_gpu.transport import GlooTransport
+from ddg_gpu.transport import GlooTransport, PeerLostError
 from ddg_gpu.value import Value, members
 from ddg_sim.dependencies import Relation, dependencies
 from ddg_sim.lowering import Message
@@ -133,7 +135,8 @@ class Trainer:
         """Feed a mini-batch, and run one iteration of the schedule.
 
         Where the schedule takes several samples per iteration (micro-batches, replicas), the
-        mini-batch is divided into as many parts, as equal as can be.
+        mini-batch is divided into as many parts, as equal as can be. Every part counts the same in
+        the mean, so where they are not equal, examples of smaller parts count a little more.
 
         Args:
             inputs: (B, ...) a tensor, or a flat tuple of tensors.
@@ -208,7 +211,8 @@ class Trainer:
             raise ValueError("batches is empty: there is nothing to evaluate")
         if self._connected:
             shared = torch.tensor([total], dtype=torch.float64)
-            dist.broadcast(shared, self.schedule.worker_of(self.schedule.num_stages - 1))
+            last = self.schedule.worker_of(self.schedule.num_stages - 1)
+            self._wait(lambda: dist.broadcast(shared, last, async_op=True), last)
             total = float(shared)
         return total / count
 
@@ -232,17 +236,27 @@ class Trainer:
         return {"schedule": str(self.schedule), "session": self._session.state(), "fed": fed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave in a process with the same stages; before any step.
+        """Go on from what `state_dict` gave in a process with the same stages.
+
+        Alone, a process may do so at any time, such as after an error; of several, all do so before
+        any step, as messages may be on their way later.
 
         Raises:
             ValueError: if it is of another schedule.
+            RuntimeError: if there are several processes, and steps were made.
         """
+        if self._connected and self.iteration:
+            raise RuntimeError(
+                f"with several processes a state is loaded before any step, not after"
+                f" {self.iteration}: make a new trainer"
+            )
         if state["schedule"] != str(self.schedule):
             raise ValueError(
                 f"state is of another schedule than {self.schedule.method} on"
                 f" {self.schedule.num_stages} stages: {state['schedule'].splitlines()[0]}"
             )
         self._fed = {sample: (pair[0], pair[1]) for sample, pair in state["fed"].items()}
+        self._applied.clear()
         self._session.restore(state["session"])
 
     @property
@@ -307,14 +321,25 @@ class Trainer:
                 continue
             if own:
                 for tensor in members(value):
-                    dist.send(tensor.contiguous(), target, tag=_EVALUATION)
+                    ready = tensor.contiguous()
+                    self._wait(partial(dist.isend, ready, target, tag=_EVALUATION), target)
                 value = None
             elif index + 1 in self._stages:
                 crossing = Message(Relation.ACTIVATION, index, index + 1, 0)
                 value = message_buffer(self.schedule, self._evaluated, lambda _: size)(crossing)
                 for tensor in members(value):
-                    dist.recv(tensor, source, tag=_EVALUATION)
+                    self._wait(partial(dist.irecv, tensor, source, tag=_EVALUATION), source)
         return value if self.schedule.num_stages - 1 in self._stages else None
+
+    def _wait(self, start: Callable[[], Any], worker: int) -> None:
+        """Start a transfer of an evaluation, and wait until it is complete."""
+        try:
+            start().wait(timedelta(seconds=self._timeout))
+        except RuntimeError as error:
+            raise PeerLostError(
+                f"evaluation: worker {worker} is gone or did not answer within {self._timeout:g} s:"
+                f" {str(error).splitlines()[0]}"
+            ) from None
 
 
 #: Tag of messages of an evaluation; those of training are below.

@@ -27,6 +27,7 @@ from ddg_sim.schedule import OpKind, Schedule, ScheduleError
 _KINDS = (Relation.ACTIVATION, Relation.GRADIENT, Relation.CREDIT)  # of messages between stages
 #: Most tensors of one message.
 MOST_MEMBERS = 16
+_TAGS = MOST_MEMBERS + 1  # the number of examples may go ahead
 Stream = tuple[Relation, int]  # what is received, and by which stage
 
 
@@ -224,10 +225,10 @@ class GlooTransport:
 
         ``first`` is how many of its tensors have been transferred.
         """
-        if len(tensors) > MOST_MEMBERS:
+        if len(members(value)) > MOST_MEMBERS:
             raise ValueError(
                 f"at most {MOST_MEMBERS} tensors pass between two stages, {message} has"
-                f" {len(tensors)}"
+                f" {len(members(value))}"
             )
         tag = self._tag(message) + first
         try:
@@ -264,7 +265,7 @@ class GlooTransport:
         kind = _KINDS.index(message.relation)
         sample = message.sample % 2**16  # a tag has 32 bits
         number = (len(_KINDS) * sample + kind) * self._num_stages + message.target
-        return MOST_MEMBERS * number
+        return _TAGS * number
 
 
 @dataclass(frozen=True, slots=True)

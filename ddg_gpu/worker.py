@@ -207,22 +207,39 @@ def _restore(
             f"{snapshot.path}: has samples in flight on other stages or by another method: go on"
             " with the same, or write snapshots with --flush"
         )
+    trees = _trees(snapshot, [key for key in snapshot.values if key != "position"])
     parts: dict[str, dict[str, Any]] = {"parameters": {}, "buffers": {}}
-    for tree in _trees(snapshot, [key for key in snapshot.values if key != "position"]).values():
+    for tree in trees.values():
         for part, records in tree["trained"].items():
             parts[part] |= records
-    # What is new, such as an auxiliary head, starts as it is.
-    trained = {
-        index: {
-            part: {
-                name: own if name.startswith("head:") else parts[part].get(name, own)
-                for name, own in records.items()
-            }
-            for part, records in stage.state().trained.items()
-        }
-        for index, stage in stages.items()
-    }
+    trained = {index: _taken_over(stage.state().trained, parts) for index, stage in stages.items()}
     session.take_over(trained, position)
+    last = max(trees, key=lambda name: int(name.removeprefix("stage ")))
+    for stage in stages.values():
+        if stage.is_last:
+            stage.losses.update(trees[last]["flight"]["samples"]["losses"])
+
+
+def _taken_over(own: Tree, parts: Mapping[str, Mapping[str, Any]]) -> Tree:
+    """The records of a stage, of what other stages have trained.
+
+    What is new, an auxiliary head, starts as it is, but with the options that the optimizer has by
+    now: those of the stage's other parameters.
+    """
+    found = {
+        part: {
+            name: record if name.startswith("head:") else parts[part].get(name, record)
+            for name, record in records.items()
+        }
+        for part, records in own.items()
+    }
+    records = found["parameters"].values()
+    known: Tree = next((record for record in records if "options" in record), {})
+    now = {key: known[key] for key in ("options", "scheduler") if key in known}
+    for name, record in found["parameters"].items():
+        if name.startswith("head:") and "options" in record:
+            found["parameters"][name] = record | now
+    return found
 
 
 def _trees(snapshot: Snapshot, keys: Sequence[str]) -> dict[str, Tree]:

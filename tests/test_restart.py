@@ -135,6 +135,30 @@ def test_flushed_runs_resume_where_they_were_flushed(tmp_path: Path) -> None:
     assert rest.weights_sha256 == whole.weights_sha256
 
 
+@pytest.mark.parametrize(
+    ("before", "more"),
+    [
+        ("dgl", {"milestones": (2, 9)}),
+        ("ddg", {"optimizer": "adam"}),
+        ("ddg", {"precision": "bf16"}),
+    ],
+)
+def test_new_heads_learn_as_the_rest_does(
+    before: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    at = Snapshots(tmp_path, every=4, flush=True)
+    first = trained(job(before, 2, 4, **more), DIGITS, snapshots=at)
+    rest = trained(job("dgl", 3, **more), DIGITS, snapshots=at, resume=True)
+    assert rest.losses[:4] == first.losses
+    assert len(rest.losses) == 11
+    path = newest(tmp_path)
+    assert path is not None
+    for index in range(3):
+        records = read(path).values[f"stage {index}"]["trained"]["parameters"].values()
+        rates = {record["options"]["lr"] for record in records}
+        assert list(rates) == [pytest.approx(0.01 * 0.1 ** len(more.get("milestones", ())))]
+
+
 def test_after_a_flush_ragged_batches_cross_processes(tmp_path: Path) -> None:
     """Of 1437 digits in batches of 300, the fifth is smaller: in each epoch, not of each flush."""
     ragged = Job("ddg", 2, "mlp", epochs=2, batch_size=300, learning_rate=0.01)
@@ -382,6 +406,26 @@ def test_torchrun_restarts_and_the_run_goes_on(tmp_path: Path, undisturbed: str)
     assert found["weights_sha256"] == undisturbed
 
 
+def test_tied_stages_log_their_own_updates_only(tmp_path: Path) -> None:
+    text, at = load("text"), Snapshots(tmp_path / "run", every=2)
+    for iterations in (3, 5):  # the first run goes on to drain what the second one repeats
+        tied = Job("ouroboros", 3, "gpt-tiny-tied", iterations, batch_size=4)
+        train(tied, text, snapshots=at, resume=True, log=tmp_path / "log")
+    for stage in (1, 2, 3):
+        lines = (tmp_path / "log" / f"stage-{stage}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["update"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_what_was_just_written_stays_beside_a_damaged_later_one(tmp_path: Path) -> None:
+    at = Snapshots(tmp_path, every=2)
+    train(job(iterations=4), DIGITS, snapshots=at)
+    next((tmp_path / "iteration-4").glob("*.distcp")).unlink()
+    at = replace(at, every=1, keep=1)
+    train(job(iterations=3), DIGITS, snapshots=at, resume=True, warn=lambda text: None)
+    assert newest(tmp_path) == tmp_path / "iteration-3"
+    assert [path.name for path in tmp_path.iterdir()] == ["iteration-3"]
+
+
 def test_options_that_need_checkpoints_say_so(tmp_path: Path) -> None:
     for option in (["--resume"], ["--restarts", "1"], ["--flush"]):
         found = ddg(*RUN[:8], "--iterations", "2", *option)
@@ -415,3 +459,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_or_is_skipped(tmp_path: Path) ->
     found = ddg(*words, "--learning-rate", "1e30", "--non-finite", "skip")
     assert found.returncode == 0
     assert json.loads(found.stdout)["skipped"] > 0
+    found = ddg(*words, "--learning-rate", "1e30", "--non-finite", "skip", "--log", str(tmp_path))
+    assert '"loss": null' in (tmp_path / "stage-2.jsonl").read_text()
+    assert "NaN" not in (tmp_path / "stage-2.jsonl").read_text()

@@ -357,6 +357,23 @@ def test_the_mean_goes_over_the_other_micro_batches(name: str) -> None:
     assert_same_bits(tensors(stages), tensors(modules))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_skipped_sample_does_not_spoil_running_means(recompute: bool) -> None:
+    class Spoilt(Toy):
+        def inputs(self, sample: int) -> Tensor:
+            return super().inputs(sample) * (math.nan if sample == BAD else 1.0)
+
+    options = StageOptions(non_finite="skip", recompute=recompute)
+    stages = trained(ddg(3), options, data=Spoilt())
+    expected = trained(ddg(3), options, data=Marked(BAD), loss=spoilt(math.nan))
+    for stage, other in zip(stages, expected, strict=True):
+        assert_same_bits(list(stage.module.parameters()), list(other.module.parameters()))
+        buffers = dict(stage.module.named_buffers())
+        assert all(buffer.isfinite().all() for buffer in buffers.values())
+        counts = [own for name, own in buffers.items() if name.endswith("num_batches_tracked")]
+        assert all(count == ITERATIONS - 1 for count in counts)
+
+
 def test_an_error_that_is_not_finite_is_handed_on_as_nan() -> None:
     stage = Stage(toy_stages(3)[1], 1, bp(3), SGD, options=StageOptions(non_finite="skip"))
     output = stage.forward(Op(OpKind.FORWARD, 1, 0, 0, 0), torch.randn(6, 4, 6, 6))

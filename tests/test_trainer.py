@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,11 @@ import torch
 from oracles import Toy, ToyHead, toy_stages
 
 from ddg_gpu.execute import run_serial
-from ddg_gpu.options import StageOptions
+from ddg_gpu.options import NonFiniteLossError, StageOptions
 from ddg_gpu.processes import WorkerError, run_together
 from ddg_gpu.stage import Stage
 from ddg_gpu.trainer import Trainer
+from ddg_gpu.transport import MOST_MEMBERS
 from ddg_sim.methods import METHODS, bp, ddg, method
 from ddg_sim.notation import parse
 from ddg_sim.schedule import Schedule, ScheduleError
@@ -119,6 +123,25 @@ def test_state_goes_on_in_another_trainer(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(own(second), wanted, strict=True))
 
 
+def test_after_an_error_a_state_is_gone_back_to() -> None:
+    options = StageOptions(restorable=True)
+    trainer = Trainer(ddg(3), toy_stages(3), sgd, options=options)
+    fed(trainer, range(4))
+    state = copy.deepcopy(trainer.state_dict())
+    with pytest.raises(NonFiniteLossError, match="sample 4"):
+        trainer.step(Toy().inputs(4) * math.nan, Toy().targets(4))
+    for go_on in (lambda: fed(trainer, range(5, 6)), trainer.flush):
+        with pytest.raises(RuntimeError, match=r"cannot go on after an error: NonFinite.*sample 4"):
+            go_on()
+    for _ in range(2):  # the second time from a flushed run
+        trainer.load_state_dict(copy.deepcopy(state))
+        found = fed(trainer, range(4, STEPS)) + trainer.flush()
+        assert [item.step for item in found] == list(range(4, STEPS))
+        # What the bad sample did to the running means is undone, too.
+        wanted = reference(ddg(3))
+        assert all(torch.equal(a, b) for a, b in zip(own(trainer), wanted, strict=True))
+
+
 def process(name: str, rank: int, given: dict[str, Any], report: Any) -> dict[str, Any]:
     schedule = method(name, 2)
     modules = toy_stages(2)
@@ -155,6 +178,45 @@ def test_processes_evaluate_in_full_precision() -> None:
     fed(alone, range(3))
     expected = alone.evaluate([(Toy().inputs(100), Toy().targets(100))], score)
     assert run_together(lower, 2, {}) == [{"found": expected}] * 2
+
+
+class Many(torch.nn.Linear):
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return (super().forward(inputs),) * MOST_MEMBERS
+
+
+class Together(torch.nn.Linear):
+    def forward(self, inputs: Any) -> torch.Tensor:
+        return super().forward(sum(inputs))
+
+
+def many(rank: int, given: dict[str, Any], report: Any) -> dict[str, Any]:
+    x, y = torch.ones(5, 4), torch.zeros(5, dtype=torch.long)
+    trainer = Trainer(ddg(2), [Many(4, 4), Together(4, 2)], sgd, example=x, timeout=30)
+    for _ in range(3):
+        trainer.step(x, y)
+    return {"rest": len(trainer.flush())}
+
+
+def test_as_many_tensors_cross_as_are_promised() -> None:
+    assert run_together(many, 2, {}) == [{"rest": 0}] * 2
+
+
+def absent(victim: int, rank: int, given: dict[str, Any], report: Any) -> dict[str, Any]:
+    trainer = Trainer(ddg(2), toy_stages(2), sgd, example=Toy().inputs(0), timeout=1.0)
+    if rank == victim:
+        time.sleep(20)
+    trainer.evaluate([(Toy().inputs(100), Toy().targets(100))])
+    return {}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_evaluation_does_not_wait_for_ever(victim: int) -> None:
+    begin = time.monotonic()
+    text = f"evaluation: worker {victim} is gone or did not answer within 1 s"
+    with pytest.raises(WorkerError, match=text):
+        run_together(partial(absent, victim), 2, {})
+    assert time.monotonic() - begin < 15
 
 
 def flushed(alone: bool, rank: int, given: dict[str, Any], report: Any) -> dict[str, Any]:
