@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from ddg_gpu import snapshots as store
 from ddg_gpu.data import Batches, Dataset
@@ -197,6 +198,37 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def join(timeout: float) -> None:
+    """Join the gloo process group of the processes that torchrun started.
+
+    After a restart torchrun keeps the store in which processes leave their addresses. By default
+    they would read those of the dead ones, and often fail to connect; here every attempt has names
+    of its own.
+
+    Args:
+        timeout: seconds that any wait for another process may last.
+
+    >>> import inspect
+    >>> list(inspect.signature(join).parameters)
+    ['timeout']
+    """
+    limit = timedelta(seconds=timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group("gloo", timeout=limit)
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "gloo",
+        store=PrefixStore(
+            f"attempt-{attempt}", TCPStore(address, port, is_master=False, timeout=limit)
+        ),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=limit,
+    )
+
+
 def run_rank(
     job: Job,
     dataset: Dataset,
@@ -225,7 +257,7 @@ def run_rank(
             f" use --nproc-per-node {workers}"
         )
     torch.set_num_threads(1)  # other thread counts give other bits
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    join(timeout)
     try:
         rank = dist.get_rank()
         outcome = run_workers(

@@ -225,13 +225,11 @@ def read(path: Path) -> Snapshot:
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:
-    """Whole snapshots, oldest first."""
+    """Snapshots, whole or damaged, oldest first."""
     if not folder.is_dir():
         return []
     named = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
-    return sorted(
-        (int(match[1]), path) for match, path in named if match and (path / _MANIFEST).is_file()
-    )
+    return sorted((int(match[1]), path) for match, path in named if match)
 
 
 def _layout(tensor: Tensor) -> list[Any]:

@@ -77,10 +77,20 @@ class Step:
         self._names = list(parameters)
         self._parameters = list(parameters.values())
         self._optimizer = optimizer(self._parameters) if parameters else None
+        if parameters and not isinstance(self._optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                "optimizer must be a function of a list of parameters that returns a"
+                f" torch.optim.Optimizer, not a {type(self._optimizer).__name__}"
+            )
         self._clip_norm = clip_norm
         self._scheduler = (
             None if scheduler is None or self._optimizer is None else scheduler(self._optimizer)
         )
+        if scheduler is not None and parameters and not isinstance(self._scheduler, LRScheduler):
+            raise ValueError(
+                "scheduler must be a function of an optimizer that returns a scheduler of its"
+                f" learning rate, not a {type(self._scheduler).__name__}"
+            )
         if isinstance(self._scheduler, ReduceLROnPlateau):
             raise ValueError(
                 "scheduler ReduceLROnPlateau needs the loss at every update, which most stages do"

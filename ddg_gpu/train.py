@@ -146,6 +146,8 @@ def _start(snapshots: Snapshots, resume: bool, warn: Callable[[str], None]) -> P
         raise ValueError(
             f"folder {snapshots.folder} holds snapshots of a run: resume it, or name another folder"
         )
+    if found is None and resume:
+        warn(f"{snapshots.folder} holds no checkpoint: starting from the beginning")
     return found
 
 

@@ -22,9 +22,10 @@ from ddg_gpu.session import Session
 from ddg_gpu.stage import Stage
 from ddg_gpu.step import OptimizerFactory
 from ddg_gpu.transport import GlooTransport, PeerLostError
-from ddg_gpu.value import Value, members
+from ddg_gpu.value import Value, checked, members
 from ddg_sim.dependencies import Relation, dependencies
 from ddg_sim.lowering import Message
+from ddg_sim.rule import TransformKind
 from ddg_sim.schedule import Op, OpKind, Schedule, ScheduleError
 from ddg_sim.timeline import Timeline
 
@@ -92,6 +93,7 @@ class Trainer:
                 f"modules must be {schedule.num_stages}, one per stage of {schedule.method},"
                 f" got {len(modules)}"
             )
+        _check_shared(schedule, modules)
         if any(edge.tokens < 0 for edge in dependencies(schedule)):
             raise ScheduleError(
                 f"{schedule.method}: a step of one worker waits for a later step of another:"
@@ -151,7 +153,7 @@ class Trainer:
             PeerLostError: if another process is gone, or does not answer in time.
         """
         parts = self._parts
-        size = _batch_size(inputs, targets)
+        size = _batch_size(checked(inputs, "inputs"), checked(targets, "targets"))
         if size < parts:
             raise ValueError(f"inputs must have at least {parts} examples, got {size}")
         divided = zip(_divide(inputs, parts), _divide(targets, parts), strict=True)
@@ -250,6 +252,11 @@ class Trainer:
                 f"with several processes a state is loaded before any step, not after"
                 f" {self.iteration}: make a new trainer"
             )
+        needed = {"position", *(f"stage {index}" for index in self._stages)}
+        if not isinstance(state, Mapping) or not {"schedule", "session", "fed"} <= state.keys():
+            raise ValueError("state must be what state_dict of a trainer gave")
+        if missing := needed - state["session"].keys():
+            raise ValueError(f"state is of another process: it has no {', '.join(sorted(missing))}")
         if state["schedule"] != str(self.schedule):
             raise ValueError(
                 f"state is of another schedule than {self.schedule.method} on"
@@ -365,8 +372,29 @@ def _rank(workers: int) -> int:
     return dist.get_rank()
 
 
+def _check_shared(schedule: Schedule, modules: Sequence[nn.Module]) -> None:
+    """Refuse parameters on two stages, but for those that the schedule ties.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    tied = {int(number) for number in schedule.rule.values(TransformKind.TIED)}
+    home: dict[int, int] = {}
+    for index, module in enumerate(modules):
+        for name, parameter in module.named_parameters():
+            other = home.setdefault(id(parameter), index)
+            if other != index and not {other, index} <= tied:
+                raise ValueError(
+                    f"modules {other} and {index} share the parameter {name!r}: cut the network so"
+                    " that the layers that use it are in one stage"
+                )
+
+
 def _batch_size(inputs: Value, targets: Any) -> int:
-    sizes = {len(tensor) for tensor in (*members(inputs), *members(targets))}
+    tensors = (*members(inputs), *members(targets))
+    if any(tensor.dim() == 0 for tensor in tensors):
+        raise ValueError("inputs and targets must have a batch as their first dimension, got none")
+    sizes = {len(tensor) for tensor in tensors}
     if len(sizes) != 1:
         raise ValueError(
             f"inputs and targets must have one batch size, got {sorted(sizes, reverse=True)}"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import socket
 import stat
@@ -261,7 +262,7 @@ def test_a_fault_ends_the_run_soon_and_it_goes_on_bit_for_bit(
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated", "changed", "not JSON"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "changed", "not JSON", "no manifest"])
 def test_a_damaged_snapshot_is_named_and_the_one_before_is_taken(how: str, tmp_path: Path) -> None:
     train(job(iterations=6), DIGITS, snapshots=Snapshots(tmp_path, every=3))
     bad = tmp_path / "iteration-6"
@@ -270,6 +271,8 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_is_taken(how: str, tmp_p
         data.unlink()
     elif how == "truncated":
         data.write_bytes(data.read_bytes()[:-100])
+    elif how == "no manifest":
+        (bad / "manifest.json").unlink()
     elif how == "changed":
         content = bytearray(data.read_bytes())
         content[len(content) // 2] ^= 1
@@ -436,7 +439,7 @@ def test_options_that_need_checkpoints_say_so(tmp_path: Path) -> None:
 def test_the_log_has_a_line_per_update_and_goes_on(tmp_path: Path) -> None:
     at = Snapshots(tmp_path / "run", every=4)
     train(job(iterations=6), DIGITS, snapshots=at, log=tmp_path / "log")
-    (tmp_path / "run" / "iteration-6" / "manifest.json").unlink()  # so it goes on from 4
+    shutil.rmtree(tmp_path / "run" / "iteration-6")  # so it goes on from 4
     run = trained(job(), DIGITS, snapshots=at, resume=True, log=tmp_path / "log")
     for stage, staleness in ((1, 1), (2, 0)):
         text = (tmp_path / "log" / f"stage-{stage}.jsonl").read_text()

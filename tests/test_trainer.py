@@ -277,3 +277,28 @@ def test_what_does_not_fit_is_refused() -> None:
     ahead += "worker 0: F0(t) B0(t-1) U0(t-1)\nworker 1: F1(t-1) B1(t-2) U1(t-2)"
     with pytest.raises(ScheduleError, match="a step of one worker waits for a later step"):
         Trainer(parse(ahead), toy_stages(2), sgd)
+
+
+def test_mistakes_are_told() -> None:
+    def forgets(parameters: list[torch.nn.Parameter]) -> Any:
+        sgd(parameters)
+
+    with pytest.raises(ValueError, match="optimizer must be a function .* not a NoneType"):
+        Trainer(ddg(2), toy_stages(2), forgets)
+    bad = StageOptions(scheduler=lambda optimizer: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="scheduler must be a function .* not a NoneType"):
+        Trainer(ddg(2), toy_stages(2), sgd, options=bad)
+    shared = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="modules 0 and 1 share the parameter 'weight'"):
+        Trainer(ddg(2), [shared, shared], sgd)
+    trainer = Trainer(ddg(2), toy_stages(2), sgd)
+    with pytest.raises(ValueError, match="targets must be a tensor"):
+        trainer.step(Toy().inputs(0), [0, 1])
+    with pytest.raises(ValueError, match="inputs must be a tensor"):
+        trainer.step(Toy().inputs(0).numpy(), Toy().targets(0))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="state must be what state_dict"):
+        trainer.load_state_dict({})
+    state = trainer.state_dict()
+    del state["session"]["stage 0"]
+    with pytest.raises(ValueError, match="of another process: it has no stage 0"):
+        trainer.load_state_dict(state)
