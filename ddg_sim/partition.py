@@ -270,8 +270,9 @@ def _shared_out(shares: Cuts, costs: CutCosts) -> Minimum:
 
 
 def misfit(costs: CutCosts) -> str:
-    """Say which device is overfull where memory is shared out as well as single moves can."""
-    shared = _shared_out(_shares(costs), costs)
+    """Say which device is overfull where memory is shared out as well as was found."""
+    shares = _shares(costs)
+    shared = enumerate_all(shares, shares.level) if few(costs) else _shared_out(shares, costs)
     needs, sizes = costs.memory(shared.cuts), costs.capacities
     worker = max(range(len(sizes)), key=lambda w: needs[w] / sizes[w])
     stages = [

