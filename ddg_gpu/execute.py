@@ -250,6 +250,8 @@ class Execution:
 
     def _transfers(self, instruction: _Transfer) -> list[_Transfer]:
         """A send or receive, once for every replica."""
+        if self.schedule.replicas == 1:  # as nearly always, for every message
+            return [instruction]
         message = instruction.message
         each = (replace(message, sample=own) for own in self._mini_batches(message.sample))
         return [replace(instruction, message=own) for own in each]

@@ -141,7 +141,7 @@ class Step:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         if self._clip_norm is not None:
-            self._clip(self._clip_norm)
+            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
         before = [p.detach().clone() for p in self._parameters] if self._observes else []
         with self._scaled(number) as rate:
             self._optimizer.step()
@@ -231,12 +231,6 @@ class Step:
         assert self._optimizer is not None
         names = {id(p): name for name, p in zip(self._names, self._parameters, strict=True)}
         return [names[id(p)] for group in self._optimizer.param_groups for p in group["params"]]
-
-    def _clip(self, most: float) -> None:
-        for parameter in self._parameters:
-            if parameter.grad is not None:  # may also be the error on its way: not in place
-                parameter.grad = parameter.grad.clone()
-        nn.utils.clip_grad_norm_(self._parameters, most)
 
     @contextmanager
     def _scaled(self, number: int) -> Iterator[float]:

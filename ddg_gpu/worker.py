@@ -94,20 +94,14 @@ def run_workers(
         for each in watches:
             each(op, seconds)
 
-    session = Session(
-        schedule,
-        workers,
-        stages,
-        batches,
-        connected,
-        watching,
-    )
+    session = Session(schedule, workers, stages, batches, connected, watching)
     total = num_iterations(job, batches)
     about = describe(job, dataset, parts)
     if start is not None:
         _restore(session, stages, store.read(start), about, total)
-    if log is not None:
-        watches.append(StageLog(log, stages))
+    lines = None if log is None else StageLog(log, stages)
+    if lines is not None:
+        watches.append(lines)
     while session.iteration < total:
         stop = total
         if snapshots is not None:
@@ -119,6 +113,8 @@ def run_workers(
             tensors, values = _collect(session)
             store.write(snapshots, stop, tensors, values, about)
     session.flush()
+    if lines is not None:
+        lines.close()
     weights = {
         name: tensor
         for stage in stages.values()
